@@ -1,0 +1,38 @@
+"""The one method that every engine has."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(slots=True, frozen=True)
+class EngineRequest:
+    """One request as the engine gets it: endpoint path, JSON body as bytes, and an id for its log."""
+
+    line: int
+    url: str
+    body: bytes
+    request_id: str
+
+
+@dataclass(slots=True, frozen=True)
+class EngineResponse:
+    """What came back: HTTP status, JSON body as bytes, seconds to wait where the engine asked for it."""
+
+    status: int
+    body: bytes
+    request_id: str
+    retry_after: float | None = None
+
+
+class TransportFailure(Exception):
+    """No whole response came back: refused, reset, cut short, or not JSON. Worth another try."""
+
+
+class Engine(Protocol):
+    """Answers one request.
+
+    Promise: any status the engine gives comes back as an EngineResponse; TransportFailure where none came.
+    A call that is cancelled leaves nothing running on our side.
+    """
+
+    async def ask(self, request: EngineRequest) -> EngineResponse: ...

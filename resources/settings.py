@@ -1,0 +1,108 @@
+"""The settings of the project: one typed object, read from the environment and `.env`, and read nowhere else."""
+
+import difflib
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from resources.errors import SettingsError
+
+PREFIX = "VLLM_BATCH_"
+
+
+class Settings(BaseSettings):
+    """Every setting, with its environment variable, meaning and default.
+
+    Names carry the prefix ``VLLM_BATCH_`` in the environment, except for ``DAGSTER_HOME`` and
+    ``DAGSTER_POSTGRES_URL``, which are Dagster's own.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True
+    )
+
+    data: Path = Field(Path("data"), description="Data root: batches, the inbox, Dagster's home. A local file system.")
+    inbox: Path | None = Field(None, description="Folder watched for dropped files. Default: <data>/inbox.")
+    input_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (), description="Further folders that register_files may read, separated by ':'."
+    )
+    models_file: Path = Field(Path("models.yaml"), description="The model catalog.")
+    poll_seconds: int = Field(5, ge=1, le=3600, description="How often the inbox is looked at, in seconds.")
+    port: int = Field(3000, ge=0, le=65535, description="Port of the web UI on 127.0.0.1; 0 takes a free one.")
+    runtime_dir: Path | None = Field(
+        None, description="Sockets, device locks and process state; short path, private. Default: /tmp/vllm-batch-<uid>."
+    )
+    dagster_home: Path | None = Field(
+        None, validation_alias="DAGSTER_HOME", description="Dagster's home. Default: <data>/dagster."
+    )
+    dagster_postgres_url: SecretStr | None = Field(
+        None,
+        validation_alias="DAGSTER_POSTGRES_URL",
+        description="PostgreSQL of the Dagster instance. Default: an embedded server owned by `vllm-batch up`.",
+    )
+
+    @field_validator("input_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: object) -> object:
+        return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @property
+    def data_root(self) -> Path:
+        return self.data.expanduser().resolve()
+
+    @property
+    def inbox_dir(self) -> Path:
+        return (self.inbox.expanduser().resolve()) if self.inbox else self.data_root / "inbox"
+
+    @property
+    def dagster_home_dir(self) -> Path:
+        return self.dagster_home.expanduser().resolve() if self.dagster_home else self.data_root / "dagster"
+
+    @property
+    def runtime_root(self) -> Path:
+        """Private folder (0700) for sockets and locks. Short, since a Unix socket's path holds 107 bytes."""
+        root = self.runtime_dir.expanduser() if self.runtime_dir else Path(f"/tmp/vllm-batch-{os.getuid()}")
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = root.lstat()
+        if root.is_symlink() or found.st_uid != os.getuid():
+            raise SettingsError(f"{root} belongs to somebody else; set {PREFIX}RUNTIME_DIR to a folder of your own.")
+        if found.st_mode & 0o077:
+            root.chmod(0o700)
+        return root
+
+
+def load_settings() -> Settings:
+    """Read the settings anew.
+
+    Raises:
+        SettingsError: a value does not fit, or a ``VLLM_BATCH_*`` variable is not a setting (with the nearest name).
+    """
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    given = {name for name in os.environ if name.startswith(PREFIX)} | _names_in_dotenv()
+    for name in sorted(given - known):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else f" Known settings: {', '.join(sorted(known))}."
+        raise SettingsError(f"Unknown setting {name}.{hint}")
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
+        raise SettingsError("Settings that do not fit: " + "; ".join(lines)) from None
+
+
+@lru_cache(maxsize=1)
+def settings() -> Settings:
+    """The settings of this process, read once."""
+    return load_settings()
+
+
+def _names_in_dotenv() -> set[str]:
+    env_file = Path(".env")
+    if not env_file.is_file():
+        return set()
+    names = (line.removeprefix("export ").split("=", 1)[0].strip() for line in env_file.read_text("utf-8").splitlines())
+    return {name.upper() for name in names if name.upper().startswith(PREFIX)}

@@ -102,6 +102,11 @@ class Catalog:
                     )
                 self._names[name] = entry.name
 
+    @property
+    def names(self) -> set[str]:
+        """Every name a request may use, aliases included."""
+        return set(self._names)
+
     def resolve(self, name: str) -> str | None:
         """The catalog name behind a name or alias; None where there is none."""
         return self._names.get(name)

@@ -1,0 +1,128 @@
+"""Answers: what is worth a column in a response body, and the lines of `output.jsonl` and `errors.jsonl`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+
+@dataclass(slots=True, frozen=True)
+class Summary:
+    """The parts of a response that people filter and count by; None where the response has none."""
+
+    text: str | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+
+
+class _Message(msgspec.Struct):
+    content: Any = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _TokenDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _TokenDetails | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: _TokenDetails | None = None
+
+
+class _Incomplete(msgspec.Struct):
+    reason: str | None = None
+
+
+class _Content(msgspec.Struct):
+    text: str | None = None
+
+
+class _OutputItem(msgspec.Struct):
+    type: str | None = None
+    content: list[_Content] | None = None
+
+
+class _Body(msgspec.Struct):
+    """What chat completions, completions, responses and embeddings have in common, all of it optional."""
+
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    output: list[_OutputItem] | None = None
+    status: str | None = None
+    incomplete_details: _Incomplete | None = None
+
+
+_decode = msgspec.json.Decoder(_Body).decode
+_EMPTY = Summary()
+
+
+def summarize(body: bytes) -> Summary:
+    """The summary of a response body; empty where it has another shape."""
+    try:
+        response = _decode(body)
+    except msgspec.DecodeError:
+        return _EMPTY
+    text = finish = None
+    if response.choices:
+        choice = response.choices[0]
+        content = choice.message.content if choice.message else choice.text
+        text, finish = content if isinstance(content, str) else None, choice.finish_reason
+    elif response.output is not None:
+        parts = [c.text or "" for o in response.output if o.type == "message" for c in o.content or ()]
+        text = "".join(parts) if parts else None
+        cut = response.incomplete_details is not None and response.incomplete_details.reason == "max_output_tokens"
+        finish = "length" if cut else ("stop" if response.status == "completed" else response.status)
+    usage = response.usage
+    if usage is None:
+        return Summary(text, finish)
+    details = usage.prompt_tokens_details or usage.input_tokens_details
+    return Summary(
+        text,
+        finish,
+        usage.prompt_tokens if usage.prompt_tokens is not None else usage.input_tokens,
+        usage.completion_tokens if usage.completion_tokens is not None else usage.output_tokens,
+        details.cached_tokens if details else None,
+    )
+
+
+def one_line(body: bytes) -> bytes:
+    """The same JSON without line breaks, so that it fits in a line of JSONL. Raises msgspec.DecodeError."""
+    return msgspec.json.format(body, indent=-1) if b"\n" in body or b"\r" in body else body
+
+
+_encode = msgspec.json.encode
+
+
+def response_line(batch_req_id: str, custom_id: str | None, status: int, request_id: str, body: str) -> str:
+    """A line for a request that the engine answered, whatever its status. `body` is JSON text and goes in as it is."""
+    return (
+        f'{{"id":"{batch_req_id}","custom_id":{_encode(custom_id).decode()},"response":{{"status_code":{status},'
+        f'"request_id":{_encode(request_id).decode()},"body":{body}}},"error":null}}\n'
+    )
+
+
+def error_line(
+    batch_req_id: str,
+    custom_id: str | None,
+    code: str,
+    message: str | None,
+    line: int | None = None,
+    param: str | None = None,
+) -> str:
+    """A line for a request that has no answer. `line` and `param` say where a bad input line is to be mended."""
+    error: dict[str, Any] = {"code": code, "message": message}
+    if line is not None:
+        error |= {"line": line, "param": param}
+    row = {"id": batch_req_id, "custom_id": custom_id, "response": None, "error": error}
+    return _encode(row).decode() + "\n"

@@ -1,0 +1,122 @@
+"""The folder of one batch. This class is the only one that knows the names in it.
+
+    batch.json                  spec, written once (operational options may be replaced)
+    lock                        held by the process that works on the batch
+    run.json                    what the last or current run says of itself; shown to people, never trusted as progress
+    input.jsonl[.gz|.zst]       the immutable snapshot
+    requests/part-*.parquet     one row a line, valid or not; summary.json beside them
+    results/<model>/<fingerprint>/manifest.json chunk-*.parquet       the checkpoint
+    results/current.json        which generation of each model readers see
+    output -> outputs/<revision>/output.jsonl errors.jsonl results/part-*.parquet summary.json
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from resources import durable
+from resources.batch_store.lock import lock_owner, writer_lock
+from resources.batch_store.spec import BatchSpec
+from resources.errors import BatchNotFound
+
+
+@dataclass(frozen=True)
+class Batch:
+    root: Path
+    spec: BatchSpec
+
+    @property
+    def key(self) -> str:
+        return self.spec.key
+
+    @property
+    def input_path(self) -> Path:
+        return self.root / f"input{self.spec.suffix}"
+
+    @property
+    def requests_dir(self) -> Path:
+        return self.root / "requests"
+
+    @property
+    def results_dir(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def output_dir(self) -> Path:
+        """The published outputs, of the latest revision."""
+        return self.root / "output"
+
+    @property
+    def outputs_dir(self) -> Path:
+        return self.root / "outputs"
+
+    @contextmanager
+    def lock(self, owner: str) -> Iterator[None]:
+        """Be the one that works on this batch. Leftovers of a killed process are removed on entry."""
+        with writer_lock(self.root / "lock", owner):
+            for folder in (self.root, self.outputs_dir):
+                durable.remove_temporaries(folder)
+            yield
+
+    def locked_by(self) -> dict[str, Any] | None:
+        return lock_owner(self.root / "lock")
+
+    # What the stages say of themselves: small JSON files, each written in one step.
+
+    def requests_summary(self) -> dict[str, Any] | None:
+        """What `check` found; None where the lines have not been checked."""
+        return _read_json(self.requests_dir / "summary.json")
+
+    def output_summary(self) -> dict[str, Any] | None:
+        """What `publish` wrote; None where nothing is published."""
+        return _read_json(self.output_dir / "summary.json")
+
+    def current(self) -> dict[str, dict[str, Any]]:
+        """The generation of each model that readers see: `{model: {generation, revision, rows}}`."""
+        return _read_json(self.results_dir / "current.json") or {}
+
+    def set_current(self, current: dict[str, dict[str, Any]]) -> None:
+        durable.write_file(self.results_dir / "current.json", json.dumps(current, indent=1).encode())
+
+    def run_record(self) -> dict[str, Any]:
+        """The last run's word: `status` running|completed|failed|interrupted, `phase`, `progress`, `error`."""
+        return _read_json(self.root / "run.json") or {}
+
+    def write_run_record(self, record: dict[str, Any], *, durable_write: bool = False) -> None:
+        record = {**record, "updated_at": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        durable.write_file(self.root / "run.json", json.dumps(record, indent=1).encode(), durable=durable_write)
+
+    def final_failure(self) -> dict[str, Any] | None:
+        """Why this batch cannot complete (`code`, `message`); None where another run may help."""
+        record = self.run_record()
+        error = record.get("error")
+        return error if record.get("status") == "failed" and isinstance(error, dict) and error.get("final") else None
+
+    def is_published(self) -> bool:
+        """Whether the outputs are there and tell of the current results."""
+        summary = self.output_summary()
+        return summary is not None and bool(self.current()) and summary.get("generations") == self.current()
+
+    def read_spec(self) -> BatchSpec:
+        return read_spec(self.root)
+
+
+def read_spec(root: Path) -> BatchSpec:
+    try:
+        return BatchSpec.model_validate_json((root / "batch.json").read_bytes())
+    except FileNotFoundError:
+        raise BatchNotFound(f"{root.name}: no batch is registered under that key.") from None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,360 @@
+"""The dispatcher: keeps the engine fed from the first line to the last, and hands finished rows to the checkpoint.
+
+As many workers as requests may be in flight pull from one iterator, so a new request starts the moment one finishes;
+there is no barrier at a chunk's border. Finished rows gather in a buffer that another thread commits. Queues are bounded
+in rows and bytes on both sides: the engine waits for a commit only when the disk is slower than the engine for long.
+
+The event loop runs in a thread of its own. The caller's thread waits and turns an interrupt into a stop, so no
+exception lands in the middle of a commit.
+"""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
+
+import msgspec
+
+from resources.batch_format.answers import one_line, summarize
+from resources.chunk_store.schema import ChunkRow
+from resources.chunk_store.writer import MAX_CHUNK_BYTES
+from resources.engine.protocol import Engine, EngineRequest, EngineResponse, TransportFailure
+from resources.errors import EngineDown
+
+TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
+_MAX_INT8 = 127
+_COMMITS_WAITING = 2
+_ROWS_BETWEEN_YIELDS = 64
+_TICK_SECONDS = 0.25
+
+
+class Pending(NamedTuple):
+    """A line to be asked. `attempts` is how often it was sent before."""
+
+    line: int
+    url: str
+    body: bytes
+    attempts: int
+
+
+@dataclass(frozen=True)
+class DispatchOptions:
+    """`outage_seconds` is how long an engine may be out of reach before the run fails with its rows uncommitted."""
+
+    concurrency: int
+    chunk_rows: int = 1000
+    flush_seconds: float = 5
+    max_attempts: int = 3
+    request_timeout: float = 600
+    deadline: datetime | None = None
+    outage_seconds: float = 300
+    backoff_seconds: float = 0.5
+
+
+@dataclass
+class Counts:
+    """What this dispatch has done so far. Tokens are those the engine reported."""
+
+    finished: int = 0
+    failed: int = 0
+    truncated: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    in_flight: int = 0
+
+
+class Dispatcher:
+    """One dispatch of many requests to one engine.
+
+    `connect` opens the engine inside the event loop. `commit` is called in one other thread with the next rows, and may
+    block. `died` tells why an engine that we own is gone, None while it lives.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], AbstractAsyncContextManager[Engine]],
+        commit: Callable[[list[ChunkRow]], None],
+        options: DispatchOptions,
+        *,
+        request_id_prefix: str,
+        died: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.counts = Counts()
+        self._connect = connect
+        self._commit = commit
+        self._options = options
+        self._prefix = request_id_prefix
+        self._outage = _Outage(options, died)
+        self._rows: list[ChunkRow] = []
+        self._rows_bytes = 0
+        self._in_flight_bytes = 0
+
+    def run(
+        self, requests: Iterable[Pending], stop: threading.Event, tick: Callable[[Counts], None] = lambda _: None
+    ) -> bool:
+        """Ask them all; True when the source ran dry, False when `stop` or the deadline came first.
+
+        `tick` is called in this thread every quarter of a second. An exception here (an interrupt, say) aborts what is
+        in flight, commits what is finished, and goes on to the caller.
+
+        Raises:
+            EngineDown: the engine is gone; rows without an answer are not committed.
+        """
+        outcome: list[bool | BaseException] = []
+        finished = threading.Event()
+
+        def loop_thread() -> None:
+            try:
+                outcome.append(asyncio.run(self._dispatch(iter(requests), stop)))
+            except BaseException as error:
+                outcome.append(error)
+            finally:
+                finished.set()
+
+        thread = threading.Thread(target=loop_thread, name="dispatcher", daemon=True)
+        thread.start()
+        try:
+            while not finished.wait(_TICK_SECONDS):
+                tick(self.counts)
+        finally:
+            stop_after = not finished.is_set()
+            if stop_after:
+                stop.set()
+            thread.join()
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        tick(self.counts)
+        return outcome[0]
+
+    async def _dispatch(self, source: Iterator[Pending], stop: threading.Event) -> bool:
+        self._loop = asyncio.get_running_loop()
+        self._commit_slots = asyncio.Semaphore(_COMMITS_WAITING)
+        self._drained = asyncio.Event()
+        self._commits: set[asyncio.Future[None]] = set()
+        self._expired = False
+        with ThreadPoolExecutor(1, thread_name_prefix="commit") as self._committer:
+            async with self._connect() as engine:
+                workers = [asyncio.create_task(self._work(engine, source)) for _ in range(self._options.concurrency)]
+                helpers = [asyncio.create_task(self._flush_by_time()), asyncio.create_task(_until(stop))]
+                try:
+                    complete = await self._until_done(workers, helpers)
+                finally:
+                    for task in [*workers, *helpers]:
+                        task.cancel()
+                    await asyncio.gather(*workers, *helpers, return_exceptions=True)
+                    while self._rows:
+                        await self._flush()
+                    await asyncio.gather(*self._commits)
+        return complete
+
+    async def _until_done(self, workers: list[asyncio.Task[None]], helpers: list[asyncio.Task[None]]) -> bool:
+        """Whether all was asked: False when a stop or the deadline came first. Raises the first error of any task."""
+        pending: set[asyncio.Task[None]] = {*workers, *helpers}
+        _, stopper = helpers
+        while not stopper.done() and any(not worker.done() for worker in workers):
+            finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in finished:
+                task.result()
+        return all(worker.done() for worker in workers) and not self._expired
+
+    async def _work(self, engine: Engine, source: Iterator[Pending]) -> None:
+        deadline = self._options.deadline.timestamp() if self._options.deadline else None
+        for count, pending in enumerate(source, 1):
+            if deadline is not None and time.time() >= deadline:
+                self._expired = True
+                return
+            size = len(pending.body)
+            while self._in_flight_bytes and self._in_flight_bytes + size > MAX_IN_FLIGHT_BYTES:
+                self._drained.clear()
+                await self._drained.wait()
+            self._in_flight_bytes += size
+            self.counts.in_flight += 1
+            try:
+                row = await self._answer(engine, pending)
+            finally:
+                self._in_flight_bytes -= size
+                self.counts.in_flight -= 1
+                self._drained.set()
+            self._count(row)
+            self._rows.append(row)
+            self._rows_bytes += row.nbytes
+            while len(self._rows) >= self._options.chunk_rows or self._rows_bytes >= MAX_CHUNK_BYTES:
+                await self._flush()
+            if count % _ROWS_BETWEEN_YIELDS == 0:
+                await asyncio.sleep(0)
+
+    async def _answer(self, engine: Engine, pending: Pending) -> ChunkRow:
+        """One row, whatever happens to it: retried while that may help, then with its last failure as the answer."""
+        options, sent = self._options, 0
+        started = time.time_ns() // 1000
+        while True:
+            sent += 1
+            attempt = pending.attempts + sent
+            request = EngineRequest(pending.line, pending.url, pending.body, f"{self._prefix}-{pending.line}-{attempt}")
+            wait = None
+            try:
+                async with asyncio.timeout(options.request_timeout):
+                    response = await engine.ask(request)
+                row = _answered(request, response, started, attempt)
+                self._outage.over()
+                if response.status not in TRANSIENT_STATUS:
+                    return row
+                wait = response.retry_after
+            except TimeoutError:
+                message = f"no answer within {options.request_timeout:g} s"
+                row = _unanswered(request, "request_timeout", message, started, attempt)
+            except TransportFailure as failure:
+                row = _unanswered(request, "connection_error", str(failure)[:500], started, attempt)
+                if self._outage.failed(str(failure)):
+                    sent -= 1
+                    wait = self._outage.pause()
+            if sent >= options.max_attempts:
+                return row
+            self.counts.retries += 1
+            backoff = min(options.backoff_seconds * 2 ** min(sent, 6), 30) * random.uniform(0.5, 1)
+            await asyncio.sleep(max(wait or 0, backoff))
+
+    def _count(self, row: ChunkRow) -> None:
+        counts = self.counts
+        counts.finished += 1
+        counts.failed += row.failed
+        counts.truncated += row.finish_reason == "length"
+        counts.prompt_tokens += row.prompt_tokens or 0
+        counts.completion_tokens += row.completion_tokens or 0
+
+    async def _flush(self) -> None:
+        """Hand the next rows to the committer; waits only while too many commits are waiting already."""
+        await self._commit_slots.acquire()
+        rows = _next_chunk(self._rows, self._options.chunk_rows)
+        self._rows = self._rows[len(rows) :]
+        self._rows_bytes = sum(row.nbytes for row in self._rows) if self._rows else 0
+        if not rows:
+            self._commit_slots.release()
+            return
+        commit = self._loop.run_in_executor(self._committer, self._commit, rows)
+        self._commits.add(commit)
+        commit.add_done_callback(lambda _: self._commit_slots.release())
+
+    async def _flush_by_time(self) -> None:
+        """Commit what finished in the last `flush_seconds`, and notice a commit that failed."""
+        step = min(self._options.flush_seconds, 0.5)
+        next_flush = time.monotonic() + self._options.flush_seconds
+        while True:
+            await asyncio.sleep(step)
+            for commit in [c for c in self._commits if c.done()]:
+                self._commits.discard(commit)
+                commit.result()
+            if time.monotonic() >= next_flush:
+                next_flush = time.monotonic() + self._options.flush_seconds
+                if self._rows:
+                    await self._flush()
+
+
+class _Outage:
+    """Tells one request's bad luck from an engine that is out of reach.
+
+    While every try fails, no row uses up its attempts: all of them wait, longer each time, and after `outage_seconds`
+    the run fails, rather than a million rows with the same error.
+    """
+
+    _CONSECUTIVE = 5
+
+    def __init__(self, options: DispatchOptions, died: Callable[[], str | None]) -> None:
+        self._limit = options.outage_seconds
+        self._died = died
+        self._failures = 0
+        self._since = 0.0
+
+    def over(self) -> None:
+        self._failures = 0
+
+    def failed(self, reason: str) -> bool:
+        """Note a failure; whether the engine counts as out of reach. Raises EngineDown where it is gone for good."""
+        gone = self._died()
+        if gone:
+            raise EngineDown(gone)
+        self._failures += 1
+        if self._failures == 1:
+            self._since = time.monotonic()
+        if time.monotonic() - self._since > self._limit and self._failures > self._CONSECUTIVE:
+            raise EngineDown(f"The engine has been out of reach for {self._limit:g} s ({reason}).")
+        return self._failures > self._CONSECUTIVE
+
+    def pause(self) -> float:
+        return min(2.0 ** min(self._failures - self._CONSECUTIVE, 4), max(self._limit / 4, 0.1)) * random.uniform(0.5, 1)
+
+
+class _ErrorDetail(msgspec.Struct):
+    message: str | None = None
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _ErrorDetail | None = None
+    message: str | None = None
+
+
+_decode_error = msgspec.json.Decoder(_ErrorBody).decode
+
+
+def _answered(request: EngineRequest, response: EngineResponse, started: int, attempt: int) -> ChunkRow:
+    try:
+        body = one_line(response.body)
+        body.decode()
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise TransportFailure("the answer is not JSON in UTF-8") from None
+    summary = summarize(body)
+    refused = response.status >= 400
+    return ChunkRow(
+        request.line,
+        response.status,
+        response.request_id,
+        body,
+        summary.finish_reason,
+        f"http_{response.status}" if refused else None,
+        _refusal(body) if refused else None,
+        summary.prompt_tokens,
+        summary.completion_tokens,
+        summary.cached_tokens,
+        started,
+        time.time_ns() // 1000,
+        min(attempt, _MAX_INT8),
+    )
+
+
+def _refusal(body: bytes) -> str | None:
+    try:
+        error = _decode_error(body)
+    except msgspec.DecodeError:
+        return None
+    message = error.error.message if error.error else error.message
+    return message[:2000] if message else None
+
+
+def _unanswered(request: EngineRequest, code: str, message: str, started: int, attempt: int) -> ChunkRow:
+    now = time.time_ns() // 1000
+    return ChunkRow(
+        request.line, None, request.request_id, None, None, code, message, None, None, None, started, now,
+        min(attempt, _MAX_INT8),
+    )  # fmt: skip
+
+
+def _next_chunk(rows: list[ChunkRow], most: int) -> list[ChunkRow]:
+    size = 0
+    for count, row in enumerate(rows[:most]):
+        size += row.nbytes
+        if size > MAX_CHUNK_BYTES and count:
+            return rows[:count]
+    return rows[:most]
+
+
+async def _until(stop: threading.Event) -> None:
+    while not stop.is_set():
+        await asyncio.sleep(0.1)

@@ -1,0 +1,70 @@
+"""From a catalog entry to an engine that answers: the one place that knows which engine is which."""
+
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from resources.engine.catalog import EngineKind, ModelEntry
+from resources.engine.endpoint import Endpoint
+from resources.engine.null import NullEngine
+from resources.engine.protocol import Engine
+from resources.engine.vllm_server import VllmServer
+from resources.errors import EngineStartFailed
+
+
+@dataclass(frozen=True)
+class RunningEngine:
+    """An engine that is up. `connect` opens it inside an event loop; `died` tells why one that we own is gone."""
+
+    connect: Callable[[], AbstractAsyncContextManager[Engine]]
+    load_seconds: float = 0.0
+    died: Callable[[], str | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class EngineStarter:
+    """Starts the engine of a catalog entry, for as long as its context lasts.
+
+    `runtime_dir` holds sockets and device locks, `log_dir` the logs of servers that we own.
+    """
+
+    runtime_dir: Path
+    log_dir: Path
+
+    @contextmanager
+    def start(
+        self, entry: ModelEntry, stop: threading.Event, waiting: Callable[[str], None]
+    ) -> Iterator[RunningEngine]:
+        """Raises EngineStartFailed with what a person can do; BatchStopped when `stop` comes first."""
+        if entry.engine is EngineKind.NULL:
+            yield RunningEngine(_null)
+        elif entry.engine is EngineKind.OPENAI:
+            yield RunningEngine(lambda: Endpoint(base_url=entry.base_url, api_key=_key(entry)))
+        else:
+            with VllmServer(entry, runtime_dir=self.runtime_dir, log_dir=self.log_dir) as server:
+                server.start(should_stop=stop.is_set, progress=waiting)
+
+                def died() -> str | None:
+                    reason = server.end_reason
+                    return f"The vLLM server of `{entry.name}` is gone ({reason}).\n{server.log_tail()}" if reason else None
+
+                yield RunningEngine(
+                    lambda: Endpoint(socket_path=server.socket_path), server.load_seconds or 0.0, died
+                )
+
+
+@asynccontextmanager
+async def _null() -> AsyncIterator[Engine]:
+    yield NullEngine()
+
+
+def _key(entry: ModelEntry) -> str | None:
+    if entry.api_key_env is None:
+        return None
+    key = os.environ.get(entry.api_key_env)
+    if not key:
+        raise EngineStartFailed(f"Model `{entry.name}` needs a key in the environment variable {entry.api_key_env}.")
+    return key

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from resources import durable
 from resources.batch_format.lines import MAX_LINE_BYTES, iter_lines, open_regular
 from resources.batch_format.requests import Code, Rejected, check_line
 from resources.batch_store.batch import Batch
 from resources.batch_store.outputs import OutputSummary, write_outputs
-from resources.batch_store.requests import RequestsSummary, RequestsWriter, sync_parts, valid_rows
+from resources.batch_store.requests import RequestsSummary, RequestsWriter, request_parts, sync_parts, valid_rows
 from resources.chunk_store.generation import Committed, Generation
 from resources.chunk_store.writer import ChunkWriter
 from resources.engine.catalog import Catalog, EngineKind, ModelEntry
@@ -118,8 +118,10 @@ def check(
     with _recorded(batch, "check", progress) as tell:
         known = batch.requests_summary()
         summary = RequestsSummary(**known) if known else None
-        if summary is None or recheck or _catalog_now_knows_more(summary, catalog):
-            summary = _check_lines(batch, catalog, stop or threading.Event(), tell)
+        done_and_pruned = batch.is_pruned() and batch.is_published()
+        stale = recheck or summary is None or _catalog_now_knows_more(summary, catalog)
+        if summary is None or (stale or not request_parts(batch.requests_dir)) and not done_and_pruned:
+            summary = _check_snapshot(batch, catalog, stop or threading.Event(), tell)
         if summary.lines == 0:
             raise BatchFailed("empty_file", f"{batch.spec.source_name} holds no request.")
         if summary.valid == 0:
@@ -153,6 +155,10 @@ def answer(
             raise BatchError(f"{batch.key}: its lines are not checked yet; materialize batch_requests first.")
         summary = RequestsSummary(**known)
         report = AnswerReport()
+        if batch.is_pruned():
+            if mode is Mode.RESUME and batch.is_published():
+                return report
+            raise BatchError(_pruned(batch))
         before = batch.current()
         current: dict[str, dict[str, Any]] = {}
         finished_before = 0
@@ -356,28 +362,42 @@ class _Answering:
                 writer.finish()
 
 
-def _check_lines(
-    batch: Batch, catalog: Catalog, stop: threading.Event, tell: ProgressCallback
+def check_stream(
+    stream: BinaryIO,
+    suffix: str,
+    model: str | None,
+    catalog: Catalog,
+    folder: Path,
+    *,
+    total: int = 0,
+    stop: threading.Event | None = None,
+    progress: ProgressCallback = _silent,
 ) -> RequestsSummary:
-    if not batch.input_path.exists():
-        raise BatchError(f"{batch.key}: its snapshot was pruned; register the file again to bring it back.")
-    folder = durable.temporary_beside(batch.requests_dir)
-    folder.mkdir(mode=0o700)
+    """Check the lines of an input and write them into `folder` as Parquet. `model` stands for that of every line."""
     writer = RequestsWriter(folder)
     summary = RequestsSummary(names=sorted(catalog.names))
-    override = batch.spec.options.model
-    total = batch.spec.lines or 0
     started = time.monotonic()
+    for count, (number, raw) in enumerate(iter_lines(stream, suffix)):
+        writer.add(_request_row(number, raw, model, catalog))
+        summary.last_line = number
+        if count % _LINES_BETWEEN_LOOKS == 0:
+            if stop is not None and stop.is_set():
+                raise BatchStopped("Stopped while the lines were checked; the next run checks them anew.")
+            rate = count / max(time.monotonic() - started, 1e-6)
+            progress(Progress("check", number, max(total, number), rows_per_second=rate))
+    return writer.finish(summary)
+
+
+def _check_snapshot(batch: Batch, catalog: Catalog, stop: threading.Event, tell: ProgressCallback) -> RequestsSummary:
+    if not batch.input_path.exists():
+        raise BatchError(_pruned(batch))
+    spec = batch.spec
+    folder = durable.temporary_beside(batch.requests_dir)
+    folder.mkdir(mode=0o700)
     with open_regular(batch.input_path) as stream:
-        for count, (number, raw) in enumerate(iter_lines(stream, batch.spec.suffix)):
-            writer.add(_request_row(number, raw, override, catalog))
-            summary.last_line = number
-            if count % _LINES_BETWEEN_LOOKS == 0:
-                if stop.is_set():
-                    raise BatchStopped(f"{batch.key}: stopped while its lines were checked; the next run checks them anew.")
-                rate = count / max(time.monotonic() - started, 1e-6)
-                tell(Progress("check", number, max(total, number), rows_per_second=rate))
-    writer.finish(summary)
+        summary = check_stream(
+            stream, spec.suffix, spec.options.model, catalog, folder, total=spec.lines or 0, stop=stop, progress=tell
+        )
     sync_parts(folder)
     durable.write_file(folder / "summary.json", json.dumps(summary.as_dict(), indent=1).encode())
     durable.publish_folder(folder, batch.requests_dir)
@@ -415,6 +435,10 @@ def _current_entry(
     if before is not None and unchanged and not (mode is Mode.RESTART and report.asked):
         return before
     return {"generation": report.generation, "revision": (before["revision"] if before else 0) + 1, "rows": rows}
+
+
+def _pruned(batch: Batch) -> str:
+    return f"{batch.key}: its snapshot was pruned; register the file again to bring it back."
 
 
 def _first(summary: RequestsSummary) -> str:

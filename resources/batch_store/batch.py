@@ -101,8 +101,9 @@ class Batch:
         summary = self.output_summary()
         return summary is not None and bool(self.current()) and summary.get("generations") == self.current()
 
-    def read_spec(self) -> BatchSpec:
-        return read_spec(self.root)
+    def is_pruned(self) -> bool:
+        """Whether the snapshot was removed to free space."""
+        return not self.input_path.exists()
 
 
 def read_spec(root: Path) -> BatchSpec:

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from resources import durable
 from resources.batch_format.answers import error_line, response_line, summarize
@@ -162,3 +163,31 @@ class _Writer:
 
 def _sum(column: pa.ChunkedArray) -> int:
     return int(pa.compute.sum(column).as_py() or 0)
+
+
+def verify_outputs(batch: Batch) -> list[str]:
+    """What is wrong with the published files, in words; empty where each line of the input stands in them once.
+
+    Reads them back: the line numbers of the rows against those of the requests, and the count of lines in both files.
+    """
+    published = np.concatenate(
+        [np.empty(0, np.int64)]
+        + [pq.read_table(p, columns=["line"])["line"].to_numpy() for p in sorted(batch.output_dir.glob("results/part-*"))]
+    )
+    wanted = np.concatenate(
+        [np.empty(0, np.int64)] + [b["line"].to_numpy() for b in read_batches(batch.requests_dir, ["line"])]
+    )
+    problems = []
+    if len(wanted) and not np.array_equal(published, wanted):
+        missing = np.setdiff1d(wanted, published)
+        twice = len(published) - len(np.unique(published))
+        problems.append(f"results: {len(missing)} lines missing, {twice} twice, of {len(wanted)}")
+    written = sum(_count_lines(batch.output_dir / name) for name in ("output.jsonl", "errors.jsonl"))
+    if written != len(published):
+        problems.append(f"output.jsonl and errors.jsonl hold {written} lines, not {len(published)}")
+    return problems
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1024 * 1024), b""))

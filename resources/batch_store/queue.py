@@ -1,6 +1,6 @@
 """Start requests: small files by which the command line and `register_files` ask the stack to run a batch.
 
-    queue/<key>.json    {"id", "mode", "requested_at"}
+    queue/<key>.json    {"id", "mode", "origin", "requested_at"}
 
 A request is a file, so that it can be left while the stack is down; the stack's sensor starts a run for it (its `id`
 makes a repeat harmless) and removes it once that run exists.
@@ -22,12 +22,14 @@ class StartRequest:
     key: str
     id: str
     mode: str
+    origin: str
+    """`inbox` for a dropped file, `submit` for everything that a person asked for."""
 
 
-def enqueue(store: BatchStore, key: str, mode: str = "resume") -> StartRequest:
+def enqueue(store: BatchStore, key: str, mode: str = "resume", origin: str = "submit") -> StartRequest:
     """Ask for a run of a registered batch. A request that is already there is replaced."""
-    request = StartRequest(store.get(key).key, secrets.token_hex(8), mode)
-    content = {"id": request.id, "mode": mode, "requested_at": datetime.now(UTC).isoformat()}
+    request = StartRequest(store.get(key).key, secrets.token_hex(8), mode, origin)
+    content = {"id": request.id, "mode": mode, "origin": origin, "requested_at": datetime.now(UTC).isoformat()}
     durable.write_file(store.queue_dir / f"{request.key}.json", json.dumps(content).encode())
     return request
 
@@ -38,7 +40,7 @@ def pending(store: BatchStore) -> Iterator[StartRequest]:
     for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns if p.exists() else 0):
         try:
             content = json.loads(path.read_bytes())
-            yield StartRequest(path.stem, str(content["id"]), str(content["mode"]))
+            yield StartRequest(path.stem, str(content["id"]), str(content["mode"]), str(content["origin"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue
 

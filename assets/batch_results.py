@@ -1,0 +1,80 @@
+"""batch_results: every valid request answered, committed in chunks."""
+
+from dagster import AssetExecutionContext, Config, DataVersion, MaterializeResult, MetadataValue, asset
+from pydantic import Field
+
+from assets.batch_requests import batch_requests
+from assets.partitions import BATCH_FILES, GROUP, OWNERS
+from assets.reporting import failures_for_people, progress_reporter, table
+from resources import pipeline
+from resources.batch_store.resource import BatchStoreResource
+from resources.engine.resource import EngineResource
+from resources.pipeline import Mode
+
+
+class ResultsConfig(Config):
+    mode: Mode = Field(
+        Mode.RESUME, description="resume: lines without a row; retry_failed: failed ones too; restart: all, anew."
+    )
+
+
+_REPORT_COLUMNS = [
+    "model",
+    "engine",
+    "total",
+    "asked",
+    "failed",
+    "truncated",
+    "retries",
+    "prompt_tokens",
+    "completion_tokens",
+    "seconds",
+    "load_seconds",
+    "generation",
+]
+
+
+@asset(
+    deps=[batch_requests],
+    partitions_def=BATCH_FILES,
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"vllm", "parquet"},
+    pool="gpu",
+    code_version="1",
+)
+def batch_results(
+    context: AssetExecutionContext, config: ResultsConfig, store: BatchStoreResource, engines: EngineResource
+) -> MaterializeResult:  # type: ignore[type-arg]
+    """The answers of a batch, in chunks that are the checkpoint: an interrupted run goes on where it stopped."""
+    with failures_for_people(context):
+        batch = store.lock(context.partition_key, context.run_id)
+        report = pipeline.answer(
+            batch,
+            engines.catalog(),
+            engines.starter(),
+            mode=config.mode,
+            progress=progress_reporter(context),
+        )
+    seconds = sum(model.seconds for model in report.models)
+    tokens = sum(model.completion_tokens for model in report.models)
+    current = batch.current()
+    return MaterializeResult(
+        metadata={
+            "asked_now": report.asked,
+            "failed_now": sum(model.failed for model in report.models),
+            "truncated_now": sum(model.truncated for model in report.models),
+            "prompt_tokens": sum(model.prompt_tokens for model in report.models),
+            "completion_tokens": tokens,
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+            "duration_seconds": round(seconds, 2),
+            "load_seconds": round(sum(model.load_seconds for model in report.models), 1),
+            "model": ", ".join(model.model for model in report.models),
+            "deadline_passed": report.expired,
+            "by_model": table([model.__dict__ for model in report.models], _REPORT_COLUMNS),
+            "path": MetadataValue.path(str(batch.results_dir)),
+        },
+        data_version=DataVersion(
+            "+".join(f"{entry['generation']}.r{entry['revision']}" for entry in current.values()) or "none"
+        ),
+    )

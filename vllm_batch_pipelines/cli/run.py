@@ -1,0 +1,149 @@
+"""`vllm-batch run`: the lean core. One process, no Dagster, no database, no daemon; same store, same checkpoint."""
+
+import contextlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from resources import durable, pipeline
+from resources.batch_format.options import options_from_text
+from resources.batch_store.batch import Batch
+from resources.engine.catalog import EngineKind
+from resources.engine.factory import EngineStarter
+from resources.errors import InputRefused
+from resources.pipeline import Mode
+from resources.settings import settings
+from vllm_batch_pipelines.cli import common
+from vllm_batch_pipelines.cli.common import Exit
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(run)
+
+
+def run(
+    file: Annotated[Path, typer.Argument(help="A .jsonl, .jsonl.gz or .jsonl.zst file in OpenAI Batch format.")],
+    model: Annotated[str | None, typer.Option(help="Replaces body.model in every line.")] = None,
+    engine: Annotated[
+        EngineKind | None, typer.Option(help="null: a dry run, kept apart from real answers. Default: the catalog's.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to copy the answers to.")] = None,
+    errors: Annotated[Path | None, typer.Option("--errors", "-e", help="Where to copy the error lines to.")] = None,
+    mode: Annotated[Mode, typer.Option(help="What to ask of a batch that was begun before.")] = Mode.RESUME,
+    option: Annotated[list[str] | None, typer.Option(help="A batch option, key=value. May be repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N lines, as a batch of their own.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Register a file, answer it in this process, write the outputs.
+
+    A run that was interrupted or killed goes on where it stopped when the same command is given again.
+    Exit codes: 0 every line has an answer, 1 completed with error rows, 2 cannot be run, 3 interrupted.
+
+    Examples:
+
+        vllm-batch run examples/demo.jsonl --output answers.jsonl --errors errors.jsonl
+
+        vllm-batch run big.jsonl --engine null --json          # dry run: checks the file, loads no model
+
+        vllm-batch run big.jsonl --limit 20 --option chunk_rows=10
+    """
+    with common.errors_for_people(), _terminate_as_interrupt():
+        started = time.monotonic()
+        catalog = common.open_catalog()
+        options = options_from_text(option or [])
+        if model is not None:
+            options["model"] = model
+        dry_run = str(engine) if engine is not None else None
+        registration = common.open_store().register(file, options, engine=dry_run, limit=limit)
+        batch = registration.batch
+        if registration.note:
+            common.stderr.print(f"[yellow]Note:[/] {registration.note}")
+        config = settings()
+        starter = EngineStarter(config.runtime_root, config.data_root / "logs" / "engines")
+        stop = threading.Event()
+        with batch.lock("vllm-batch run"), common.progress_bar() as progress:
+            checked = pipeline.check(batch, catalog, recheck=mode is not Mode.RESUME, stop=stop, progress=progress)
+            report = pipeline.answer(batch, catalog, starter, mode=mode, stop=stop, progress=progress)
+            published = pipeline.publish(batch, stop=stop, progress=progress)
+        copies = _copy(batch, {"output.jsonl": output, "errors.jsonl": errors})
+        document = {
+            "key": batch.key,
+            "status": "completed",
+            "engine": sorted({entry.engine for entry in report.models}),
+            "request_counts": {
+                "total": published.lines,
+                "completed": published.succeeded,
+                "failed": published.failed,
+                "rejected": checked.rejected,
+                "asked_now": report.asked,
+            },
+            "errors_by_code": published.errors_by_code,
+            "usage": {"prompt_tokens": published.prompt_tokens, "completion_tokens": published.completion_tokens},
+            "models": [{**entry.__dict__, "tokens_per_second": round(entry.tokens_per_second, 1)} for entry in report.models],
+            "seconds": round(time.monotonic() - started, 3),
+            "output_file": str(copies["output.jsonl"]),
+            "error_file": str(copies["errors.jsonl"]),
+            "results": str(batch.output_dir / "results"),
+        }
+        if as_json:
+            common.print_json(document)
+        else:
+            _tell(document)
+    raise typer.Exit(Exit.WITH_ERRORS if published.failed else Exit.OK)
+
+
+def _tell(document: dict[str, Any]) -> None:
+    counts = document["request_counts"]
+    print = common.stderr.print
+    print(f"[bold]{document['key']}[/]: {counts['completed']} of {counts['total']} lines answered", end="")
+    print(f", {counts['failed']} error rows ({_codes(document)})" if counts["failed"] else "", end="")
+    print(f"; {counts['asked_now']} asked now, {document['seconds']:.1f} s.")
+    print(f"  answers  {document['output_file']}")
+    if counts["failed"]:
+        print(f"  errors   {document['error_file']}")
+    print(f"  rows     {document['results']}")
+
+
+def _codes(document: dict[str, Any]) -> str:
+    return ", ".join(f"{count} {code}" for code, count in sorted(document["errors_by_code"].items()))
+
+
+def _copy(batch: Batch, targets: dict[str, Path | None]) -> dict[str, Path]:
+    """Copy published files to where the user wants them, each in one step; the paths to tell."""
+    places = {}
+    for name, target in targets.items():
+        source = batch.output_dir / name
+        if target is not None:
+            if target.is_dir():
+                raise InputRefused(f"{target} is a folder; name a file. The outputs are in {batch.output_dir}.")
+            temporary = durable.temporary_beside(target.absolute())
+            try:
+                shutil.copyfile(source, temporary)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        places[name] = target or source
+    return places
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a run as Ctrl-C does: in-flight requests aborted, finished rows committed."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+

@@ -1,0 +1,76 @@
+"""Jobs: a batch from its lines to its outputs, the same for failed rows, and the registration of files."""
+
+import glob
+
+from dagster import AssetSelection, Config, Failure, JobDefinition, OpExecutionContext, define_asset_job, job, op
+from pydantic import Field
+
+from assets.partitions import BATCH_FILES
+from resources.batch_store import queue
+from resources.batch_store.resource import BatchStoreResource
+from resources.errors import BatchError, InputRefused
+from resources.pipeline import Mode
+from resources.settings import settings
+
+BATCH_ASSETS = AssetSelection.assets("batch_requests", "batch_results", "batch_output")
+
+
+def mode_config(mode: str) -> dict[str, object]:
+    """Run config of a batch job for a mode. All but resume check the lines again."""
+    if mode == Mode.RESUME:
+        return {}
+    return {
+        "ops": {"batch_requests": {"config": {"recheck": True}}, "batch_results": {"config": {"mode": Mode(mode).name}}}
+    }
+
+
+process_batch = define_asset_job(
+    "process_batch",
+    selection=BATCH_ASSETS,
+    partitions_def=BATCH_FILES,
+    description="Check, answer and publish a batch. What is done already is left alone.",
+)
+
+retry_failed_rows = define_asset_job(
+    "retry_failed_rows",
+    selection=BATCH_ASSETS,
+    partitions_def=BATCH_FILES,
+    config=mode_config(Mode.RETRY_FAILED),
+    description="Check the lines again, ask again for those that failed, publish the latest answers.",
+)
+
+
+class RegisterConfig(Config):
+    paths: list[str] = Field([], description="Files to register; relative ones are taken in the inbox.")
+    glob: str = Field("", description="Or a pattern, such as `tickets-*.jsonl`, in the inbox.")
+
+
+@op(description="Register files of the inbox or an input root as batches, and queue a run of each.")
+def register(context: OpExecutionContext, config: RegisterConfig, store: BatchStoreResource) -> None:
+    inbox = settings().inbox_dir
+    allowed = [inbox, *(root.expanduser().resolve() for root in settings().input_roots)]
+    matched = glob.glob(str(inbox / config.glob)) if config.glob else []
+    given = [inbox / path for path in (*config.paths, *sorted(matched))]
+    if not given:
+        raise Failure(description=f"No file named: set `paths` or a `glob` that matches something in {inbox}.")
+    refused = []
+    for path in given:
+        try:
+            if not any(path.parent.resolve().is_relative_to(root) for root in allowed):
+                raise InputRefused(f"{path} is outside of the inbox and of VLLM_BATCH_INPUT_ROOTS.")
+            registration = store.store().register(path.parent.resolve() / path.name)
+            queue.enqueue(store.store(), registration.batch.key)
+            context.log.info(f"{path.name} is {registration.batch.key}; its run is queued.")
+        except BatchError as error:
+            refused.append(str(error))
+            context.log.error(str(error))
+    if refused:
+        raise Failure(description=f"{len(refused)} of {len(given)} files refused: " + "; ".join(refused[:5]))
+
+
+@job(description="For those who have only the UI: register files by path or pattern and start their batches.")
+def register_files() -> None:
+    register()
+
+
+JOBS = [process_batch, retry_failed_rows, register_files]

@@ -1,0 +1,239 @@
+"""How batches come to be runs: dropped files to start requests, start requests to run requests, and the sweep.
+
+The functions here take a Dagster instance and the store, and return what is to be requested; sensors and schedules are
+thin around them.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from dagster import AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus, RunRequest, RunsFilter
+
+from assets.partitions import BATCH_FILES
+from assets.reporting import LOCKED_TAG
+from resources import pipeline
+from resources.batch_store import queue
+from resources.batch_store.batch import Batch
+from resources.batch_store.inbox import Inbox
+from resources.batch_store.store import BatchStore
+from resources.engine.catalog import Catalog
+from resources.errors import BatchError
+from vllm_batch_pipelines.jobs import mode_config
+from vllm_batch_pipelines.stack import INTERRUPTED_TAG
+
+PARTITION_TAG = "dagster/partition"
+RUN_KEY_TAG = "dagster/run_key"
+MODE_TAG = "vllm_batch/mode"
+PRIORITY_TAG = "dagster/priority"
+
+MOST_A_TICK = 100
+TICK_SECONDS = 20
+LARGE_BYTES = 256 * 1024 * 1024
+"""Files from here on are registered by a run, not in a sensor's tick."""
+
+MAX_TRIES = 3
+_DEAD_LOOK_SECONDS = 3
+_GOING_ON = [
+    DagsterRunStatus.NOT_STARTED,
+    DagsterRunStatus.QUEUED,
+    DagsterRunStatus.STARTING,
+    DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+]
+_WITH_A_PROCESS = (DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING)
+
+
+@dataclass
+class ToStart:
+    """What a tick asks for: runs, and partitions that they need. `notes` are for the tick's log."""
+
+    runs: list[RunRequest] = field(default_factory=list)
+    new_keys: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def runs_of(instance: DagsterInstance, key: str, statuses: list[DagsterRunStatus] | None = None) -> list[DagsterRun]:
+    """Runs of a partition, latest first."""
+    return list(instance.get_runs(RunsFilter(tags={PARTITION_TAG: key}, statuses=statuses or None)))
+
+
+def take_from_inbox(
+    instance: DagsterInstance, store: BatchStore, inbox: Inbox, catalog: Catalog, large_in_a_run: bool = True
+) -> ToStart:
+    """Register the files that are whole and leave a start request for each; large ones get a run of register_files."""
+    found = ToStart()
+    deadline = time.monotonic() + TICK_SECONDS
+    for count, dropped in enumerate(inbox.settled()):
+        if count >= MOST_A_TICK or time.monotonic() > deadline:
+            found.notes.append("more files wait for the next tick")
+            break
+        if dropped.size >= LARGE_BYTES and large_in_a_run:
+            config = {"ops": {"register": {"config": {"paths": [str(dropped.path)]}}}}
+            found.runs.append(
+                RunRequest(run_key=f"{dropped.path.name}:{dropped.mark}", job_name="register_files", run_config=config)
+            )
+            inbox.take(dropped, run="register_files")
+            continue
+        try:
+            batch = store.register(dropped.path).batch
+        except BatchError as error:
+            found.notes.append(f"refused: {error}")
+            inbox.take(dropped, error=str(error))
+            continue
+        inbox.take(dropped, key=batch.key)
+        if _wants_a_run(instance, batch, catalog):
+            queue.enqueue(store, batch.key, origin="inbox")
+    inbox.save()
+    return found
+
+
+def start_queued(instance: DagsterInstance, store: BatchStore, origin: str, found: ToStart) -> ToStart:
+    """Turn waiting start requests into run requests. One whose run exists is done and is removed."""
+    known = set(instance.get_dynamic_partitions(str(BATCH_FILES.name)))
+    for request in queue.pending(store):
+        if request.origin != origin:
+            continue
+        if instance.get_runs_count(RunsFilter(tags={RUN_KEY_TAG: request.id})):
+            queue.withdraw(store, request.key, request.id)
+            continue
+        if len(found.runs) >= MOST_A_TICK:
+            break
+        try:
+            batch = store.get(request.key)
+        except BatchError:
+            queue.withdraw(store, request.key, request.id)
+            continue
+        found.runs.append(run_request(batch, request.mode, request.id))
+        if request.key not in known:
+            found.new_keys.append(request.key)
+    return found
+
+
+def run_request(batch: Batch, mode: str, run_key: str | None) -> RunRequest:
+    tags = {MODE_TAG: mode}
+    if batch.spec.options.priority:
+        tags[PRIORITY_TAG] = str(batch.spec.options.priority)
+    job = "process_batch" if mode == pipeline.Mode.RESUME else "retry_failed_rows"
+    return RunRequest(
+        run_key=run_key, job_name=job, partition_key=batch.key, run_config=mode_config(mode), tags=tags
+    )
+
+
+def sweep(instance: DagsterInstance, store: BatchStore, catalog: Catalog) -> ToStart:
+    """Start what is missing or failed, and what a dead process left; adopt what `vllm-batch run` finished.
+
+    Left alone: a batch whose last run was cancelled, one that cannot complete, one that is worked on, and one that
+    failed MAX_TRIES times in a row.
+    """
+    found = ToStart()
+    known = set(instance.get_dynamic_partitions(str(BATCH_FILES.name)))
+    done = instance.get_materialized_partitions(AssetKey("batch_output"))
+    going_on = _going_on(instance)
+    _end_dead_runs(instance, store, going_on, found)
+    for batch in store:
+        if len(found.runs) >= MOST_A_TICK:
+            found.notes.append("more batches wait for the next sweep")
+            break
+        complete = _is_complete(batch, catalog)
+        if batch.key in known and batch.key in done and complete:
+            continue
+        if batch.key not in known and not complete:
+            continue
+        reason = _reason_to_wait(instance, store, batch, going_on)
+        if reason:
+            found.notes.append(f"{batch.key}: {reason}")
+            continue
+        if batch.key not in known:
+            found.new_keys.append(batch.key)
+            found.notes.append(f"{batch.key}: finished by `vllm-batch run`, adopted")
+        found.runs.append(run_request(batch, "resume", None))
+    return found
+
+
+def _wants_a_run(instance: DagsterInstance, batch: Batch, catalog: Catalog) -> bool:
+    in_progress = batch.locked_by() is not None or bool(runs_of(instance, batch.key, _GOING_ON))
+    return not in_progress and not _is_complete(batch, catalog)
+
+
+def _is_complete(batch: Batch, catalog: Catalog) -> bool:
+    """A batch whose model has left the catalog counts as what it is: complete where it was published."""
+    try:
+        return pipeline.is_complete(batch, catalog)
+    except BatchError:
+        return batch.is_published()
+
+
+def _reason_to_wait(
+    instance: DagsterInstance, store: BatchStore, batch: Batch, going_on: dict[str, list[DagsterRun]]
+) -> str | None:
+    if going_on.get(batch.key):
+        return "a run is queued or going on"
+    if queue.is_queued(store, batch.key):
+        return "a start request waits"
+    owner = batch.locked_by()
+    if owner is not None:
+        return f"worked on by {owner.get('owner')}"
+    failure = batch.final_failure()
+    if failure is not None:
+        return f"cannot complete: {failure['code']}"
+    runs = runs_of(instance, batch.key)
+    if runs and runs[0].status is DagsterRunStatus.CANCELED and INTERRUPTED_TAG not in runs[0].tags:
+        return "its last run was cancelled"
+    if _failures_in_a_row(runs) >= MAX_TRIES:
+        return f"failed {MAX_TRIES} times in a row"
+    return None
+
+
+def _failures_in_a_row(runs: Iterable[DagsterRun]) -> int:
+    count = 0
+    for run in runs:
+        if run.status is DagsterRunStatus.SUCCESS:
+            break
+        count += run.status is DagsterRunStatus.FAILURE and LOCKED_TAG not in run.tags
+    return count
+
+
+def _going_on(instance: DagsterInstance) -> dict[str, list[DagsterRun]]:
+    runs: dict[str, list[DagsterRun]] = {}
+    for run in instance.get_runs(RunsFilter(statuses=_GOING_ON)):
+        key = run.tags.get(PARTITION_TAG)
+        if key is not None:
+            runs.setdefault(key, []).append(run)
+    return runs
+
+
+def _end_dead_runs(
+    instance: DagsterInstance, store: BatchStore, going_on: dict[str, list[DagsterRun]], found: ToStart
+) -> None:
+    """Report as failed the runs whose process is gone. A live run holds its batch's lock from its first asset on; the
+    two looks, some seconds apart, are for one that has just begun or is just ending."""
+    suspects = _runs_without_lock(store, [run for runs in going_on.values() for run in runs])
+    if not suspects:
+        return
+    time.sleep(_DEAD_LOOK_SECONDS)
+    fresh = [run for suspect in suspects if (run := instance.get_run_by_id(suspect.run_id)) is not None]
+    for run in _runs_without_lock(store, fresh):
+        key = run.tags[PARTITION_TAG]
+        if run.status is DagsterRunStatus.CANCELING:
+            instance.report_run_canceled(run, "The run's process is gone.")
+        else:
+            instance.report_run_failed(run, "The run's process is gone (killed, or the machine went down).")
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+        found.notes.append(f"{key}: run {run.run_id[:8]} had no process any more")
+        going_on[key] = [other for other in going_on[key] if other.run_id != run.run_id]
+
+
+def _runs_without_lock(store: BatchStore, runs: list[DagsterRun]) -> list[DagsterRun]:
+    dead = []
+    for run in runs:
+        if run.status not in _WITH_A_PROCESS:
+            continue
+        try:
+            owner = store.get(run.tags[PARTITION_TAG]).locked_by()
+        except BatchError:
+            continue
+        if owner is None:
+            dead.append(run)
+    return dead
+

@@ -171,6 +171,7 @@ class VllmServer:
         if self._watcher.is_alive():
             # It keeps the device lock until they are gone: nobody starts on top of them.
             log.warning("processes of `%s` do not end; process %d waits for them", self.entry.name, self._process.pid)
+        self._end = self._end or "stopped"
         if self._log:
             self._log.close()
         self._process = self._log = None

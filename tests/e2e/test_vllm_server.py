@@ -1,0 +1,140 @@
+"""Our own vLLM server: real answers, real deaths. About a minute of loading for each start on two cores."""
+
+import asyncio
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resources.engine import supervisor
+from resources.engine.catalog import ModelEntry
+from resources.engine.endpoint import Endpoint
+from resources.engine.protocol import EngineRequest, EngineResponse
+from resources.engine.vllm_server import VllmServer
+from resources.errors import EngineStartFailed
+from tests.helpers import wait_until
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+OWNER = """
+import json, signal, sys
+from pathlib import Path
+from resources.engine.catalog import ModelEntry
+from resources.engine.vllm_server import VllmServer
+folder = Path(sys.argv[1])
+server = VllmServer(ModelEntry.model_validate_json(sys.argv[2]), runtime_dir=folder, log_dir=folder)
+server.start()
+print(json.dumps({"supervisor": server.supervisor_pid}), flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(dir="/tmp", prefix="vb"))
+    yield made
+    shutil.rmtree(made)
+
+
+def ask(server: VllmServer, url: str, **body: Any) -> EngineResponse:
+    async def go() -> EngineResponse:
+        async with Endpoint(socket_path=server.socket_path) as endpoint:
+            return await endpoint.ask(EngineRequest(1, url, json.dumps(body).encode(), "batch-1"))
+
+    return asyncio.run(go())
+
+
+def chat(server: VllmServer, content: object, model: str = "smollm2-135m") -> EngineResponse:
+    messages = [{"role": "user", "content": content}]
+    return ask(server, "/v1/chat/completions", model=model, messages=messages, max_tokens=12, temperature=0)
+
+
+def our_record(folder: Path) -> supervisor.Record:
+    record = supervisor.read_record(supervisor.read_state(next((folder / "devices").glob("*.json"))))
+    assert record
+    return record
+
+
+def members(record: supervisor.Record) -> list[int]:
+    """Every process of the server's session, whoever it belongs to; seen with eyes of our own."""
+    return [p.pid for p in supervisor.processes() if record.pid in (p.session, p.group) and not p.dead]
+
+
+def locks_are_free(folder: Path) -> bool:
+    for file in (folder / "devices").glob("*.lock"):
+        with file.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+    return True
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "smollm"])
+def test_a_chat_is_answered_under_the_name_and_the_alias(vllm_server: VllmServer, model: str) -> None:
+    response = chat(vllm_server, "What is the capital of France?", model)
+    answer = json.loads(response.body)
+    assert (response.status, response.request_id) == (200, "batch-1")
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+
+
+def test_what_vllm_refuses_comes_back_as_it_says(vllm_server: VllmServer) -> None:
+    response = chat(vllm_server, "hello", "another-model")
+    assert response.status == 404
+    assert "another-model" in json.loads(response.body)["error"]["message"]
+
+
+def test_the_log_is_private_and_holds_no_request(vllm_server: VllmServer) -> None:
+    assert chat(vllm_server, "xylophone").status == 200
+    assert vllm_server.log_path.stat().st_mode & 0o777 == 0o600
+    text = vllm_server.log_path.read_text()
+    assert "xylophone" not in text
+    assert "POST /v1" not in text
+
+
+def test_media_is_not_fetched(vllm_server: VllmServer) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/picture.png"}}
+    response = chat(vllm_server, [{"type": "text", "text": "what is this?"}, picture])
+    assert 400 <= response.status < 500
+
+
+def test_an_argument_that_vllm_does_not_know_is_named(demo_entry: ModelEntry, folder: Path) -> None:
+    entry = demo_entry.model_copy(update={"engine_args": {"no_such_argument": 3}})
+    server = VllmServer(entry, runtime_dir=folder, log_dir=folder)
+    with pytest.raises(EngineStartFailed, match="unrecognized arguments: --no-such-argument=3"):
+        server.start()
+    assert locks_are_free(folder)
+
+
+@pytest.mark.parametrize("victims", [["run"], ["supervisor"], ["server"], ["run", "supervisor"]], ids="+".join)
+def test_a_sigkill_leaves_no_process_and_no_lock(demo_entry: ModelEntry, folder: Path, victims: list[str]) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(folder), demo_entry.model_dump_json()],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert owner.stdout
+        with owner.stdout as out:
+            supervisor_pid = json.loads(out.readline())["supervisor"]
+        record = our_record(folder)
+        assert len(members(record)) >= 3  # the API server, its engine core, and at least one worker
+        pids = {"run": owner.pid, "supervisor": supervisor_pid, "server": record.pid}
+        for victim in victims:
+            os.kill(pids[victim], signal.SIGKILL)
+        if len(victims) == 2:
+            wait_until(lambda: record.pid not in members(record), 15)
+            supervisor.end_server(record)  # what the next start does first
+        wait_until(lambda: not members(record) and locks_are_free(folder), 15)
+    finally:
+        owner.kill()
+        owner.wait()

@@ -137,9 +137,13 @@ class EmbeddedPostgres:
             return
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Beside the data, not in the runtime folder: containers that share a data root do not share /tmp.
-        lock = os.fdopen(
-            _open_private(self.data_dir / "postgres.lock", os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+", encoding="utf-8"
-        )
+        path = self.data_dir / "postgres.lock"
+        try:
+            lock = os.fdopen(_open_private(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+", encoding="utf-8")
+        except PermissionError as error:
+            raise SettingsError(
+                f"{path} belongs to another user. Run as that user, or set VLLM_BATCH_DATA to another folder."
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -170,13 +174,16 @@ class EmbeddedPostgres:
                     f"{self.pgdata} belongs to user id {owner}. Run as that user, "
                     "or set VLLM_BATCH_DATA to another folder."
                 )
-            return pwd.getpwuid(me)
+            owner = me
         try:
             return pwd.getpwuid(owner) if owner else pwd.getpwnam(_SERVER_USER)
         except KeyError:
             pass
         if owner:
-            raise SettingsError(f"{self.pgdata} belongs to user id {owner}, which has no account on this machine.")
+            raise SettingsError(
+                f"PostgreSQL cannot run as user id {owner}, which has no account on this machine. Make one, "
+                "or set DAGSTER_POSTGRES_URL."
+            )
         try:
             subprocess.run(
                 ["useradd", "--system", "--no-create-home", _SERVER_USER], check=True, capture_output=True, text=True

@@ -10,7 +10,8 @@ from resources.settings import settings
 from vllm_batch_pipelines.jobs import JOBS
 from vllm_batch_pipelines.starting import ToStart, start_queued, take_from_inbox
 
-_POLL_SECONDS = settings().poll_seconds
+# The daemon looks every five seconds; an interval of exactly that would make every other look come a moment too early.
+_POLL_SECONDS = max(1, settings().poll_seconds - 1)
 
 
 @sensor(

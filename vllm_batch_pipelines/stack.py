@@ -48,7 +48,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _HOST = "127.0.0.1"
 _READY_SECONDS = 180
 _RUNS_SECONDS = 10
-_GRACE_SECONDS = 4
+_GRACE_SECONDS = 3
 _MOST_RESTARTS = 5  # within _RESTART_WINDOW_SECONDS
 _RESTART_WINDOW_SECONDS = 600
 
@@ -338,7 +338,7 @@ def interrupt_runs(
             instance.add_run_tags(run_id, {INTERRUPTED_TAG: "stack stopped"})
             try:
                 if instance.run_launcher.terminate(run_id):
-                    say(f"Run {run_id[:8]} is interrupted; what is finished is kept.")
+                    say(f"Run {run_id[:8]} was asked to stop; what is finished is kept.")
                     asked.add(run_id)
             except Exception as error:  # its code server is gone: nothing is left to ask
                 say(f"Run {run_id[:8]} cannot be asked to stop ({type(error).__name__}).")

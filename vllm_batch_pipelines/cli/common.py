@@ -92,7 +92,7 @@ def progress_bar() -> Iterator[Callable[[BatchProgress], None]]:
 
 
 def _lines() -> Callable[[BatchProgress], None]:
-    last = 0.0
+    last = time.monotonic()
 
     def show(now: BatchProgress) -> None:
         nonlocal last

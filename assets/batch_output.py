@@ -1,5 +1,7 @@
 """batch_output: what everybody reads, in input order, in OpenAI's format and as Parquet."""
 
+from typing import Any
+
 from dagster import (
     AssetCheckResult,
     AssetCheckSeverity,
@@ -46,15 +48,13 @@ def _check(name: str, description: str, blocking: bool = False) -> AssetCheckSpe
         _check("truncated_rate", "The share of answers cut by max_tokens is not above the threshold."),
     ],
 )
-def batch_output(
-    context: AssetExecutionContext, config: OutputConfig, store: BatchStoreResource
-) -> MaterializeResult:  # type: ignore[type-arg]
+def batch_output(context: AssetExecutionContext, config: OutputConfig, store: BatchStoreResource) -> MaterializeResult:  # type: ignore[type-arg]
     """`output.jsonl` and `errors.jsonl` as OpenAI's Batch API writes them, and the same as Parquet rows."""
     with failures_for_people(context):
-        batch = store.lock(context.partition_key, context.run_id)
+        batch = store.lock(context.partition_key, context.run.run_id)
         summary = pipeline.publish(batch, progress=progress_reporter(context))
         problems = verify_outputs(batch)
-    metadata = {
+    metadata: dict[str, Any] = {
         "lines": summary.lines,
         "succeeded": summary.succeeded,
         "failed": summary.failed,

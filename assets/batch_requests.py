@@ -44,10 +44,8 @@ def batch_requests(
 ) -> MaterializeResult:  # type: ignore[type-arg]
     """The lines of a batch file, checked: valid requests and rejects with their reason, one row a line."""
     with failures_for_people(context):
-        batch = store.lock(context.partition_key, context.run_id)
-        summary = pipeline.check(
-            batch, engines.catalog(), recheck=config.recheck, progress=progress_reporter(context)
-        )
+        batch = store.lock(context.partition_key, context.run.run_id)
+        summary = pipeline.check(batch, engines.catalog(), recheck=config.recheck, progress=progress_reporter(context))
     return MaterializeResult(
         metadata={
             "source": batch.spec.source_name,

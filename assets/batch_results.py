@@ -48,7 +48,7 @@ def batch_results(
 ) -> MaterializeResult:  # type: ignore[type-arg]
     """The answers of a batch, in chunks that are the checkpoint: an interrupted run goes on where it stopped."""
     with failures_for_people(context):
-        batch = store.lock(context.partition_key, context.run_id)
+        batch = store.lock(context.partition_key, context.run.run_id)
         report = pipeline.answer(
             batch,
             engines.catalog(),

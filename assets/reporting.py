@@ -31,7 +31,7 @@ def failures_for_people(context: AssetExecutionContext) -> Iterator[None]:
     try:
         yield
     except BatchLocked as error:
-        context.instance.add_run_tags(context.run_id, {LOCKED_TAG: "true"})
+        context.instance.add_run_tags(context.run.run_id, {LOCKED_TAG: "true"})
         raise Failure(description=str(error), allow_retries=False) from None
     except BatchError as error:
         raise Failure(description=str(error), allow_retries=False) from None
@@ -56,7 +56,7 @@ def progress_reporter(context: AssetExecutionContext) -> Callable[[Progress], No
             f"{now.phase}: {now.done} of {now.total} lines ({percent:.0f} %), {now.failed} errors, "
             f"{now.rows_per_second:.1f} rows/s, {now.tokens_per_second:.0f} tokens/s{eta}"
         )
-        context.instance.add_run_tags(context.run_id, {PROGRESS_TAG: f"{now.phase} {percent:.0f} %"})
+        context.instance.add_run_tags(context.run.run_id, {PROGRESS_TAG: f"{now.phase} {percent:.0f} %"})
         context.log_event(
             AssetObservation(
                 context.asset_key,

@@ -1,4 +1,4 @@
-"""Writes that are either there whole or not there, also after a power cut: temporary name, fsync, rename, fsync of the folder."""
+"""Writes that are there whole or not at all, also after a power cut: temporary name, fsync, rename, fsync of the folder."""
 
 import os
 import secrets

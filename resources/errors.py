@@ -1,18 +1,18 @@
 """Every error of the engine room, so that a caller sees at a glance what to catch.
 
-    BatchError                      what a person can do something about; the message says what, where and how
-      SettingsError                 a setting or an option that does not fit
-        CatalogError                models.yaml
-        OptionsError                the options of a batch (sidecar, --option)
-      InputRefused                  a file that cannot be registered as a batch
-      BatchNotFound                 no batch is registered under that key
-      BatchLocked                   another process works on that batch just now
-      BatchFailed                   the batch cannot complete, however often it is run; recorded in its folder
-      BatchStopped                  interrupted or cancelled; what is committed stays
-      EngineError
-        EngineStartFailed           the engine did not come up; carries the last lines of its log
-        EngineDown                  the engine went away and stayed away; uncommitted rows are asked again by the next run
-      CheckpointError               a chunk or manifest that cannot be what it should be
+BatchError                      what a person can do something about; the message says what, where and how
+  SettingsError                 a setting or an option that does not fit
+    CatalogError                models.yaml
+    OptionsError                the options of a batch (sidecar, --option)
+  InputRefused                  a file that cannot be registered as a batch
+  BatchNotFound                 no batch is registered under that key
+  BatchLocked                   another process works on that batch just now
+  BatchFailed                   the batch cannot complete, however often it is run; recorded in its folder
+  BatchStopped                  interrupted or cancelled; what is committed stays
+  EngineError
+    EngineStartFailed           the engine did not come up; carries the last lines of its log
+    EngineDown                  the engine went away and stayed away; uncommitted rows are asked again by the next run
+  CheckpointError               a chunk or manifest that cannot be what it should be
 """
 
 

@@ -120,7 +120,7 @@ def check(
         summary = RequestsSummary(**known) if known else None
         done_and_pruned = batch.is_pruned() and batch.is_published()
         stale = recheck or summary is None or _catalog_now_knows_more(summary, catalog)
-        if summary is None or (stale or not request_parts(batch.requests_dir)) and not done_and_pruned:
+        if summary is None or ((stale or not request_parts(batch.requests_dir)) and not done_and_pruned):
             summary = _check_snapshot(batch, catalog, stop or threading.Event(), tell)
         if summary.lines == 0:
             raise BatchFailed("empty_file", f"{batch.spec.source_name} holds no request.")
@@ -236,7 +236,8 @@ def model_entry(batch: Batch, catalog: Catalog, model: str) -> ModelEntry:
     if batch.spec.engine == EngineKind.NULL:
         return ModelEntry(name=entry.name, engine=EngineKind.NULL, concurrency=entry.concurrency)
     raise InputRefused(
-        f"{batch.key} was registered for engine {batch.spec.engine}, but the catalog has model {model} on {entry.engine}."
+        f"{batch.key} was registered for engine {batch.spec.engine}, "
+        f"but the catalog has model {model} on {entry.engine}."
     )
 
 
@@ -330,7 +331,7 @@ class _Answering:
                     chunk_rows=options.chunk_rows,
                     flush_seconds=options.flush_seconds,
                     max_attempts=options.max_attempts,
-                    request_timeout=options.request_timeout,
+                    request_timeout=None if engine.in_process else options.request_timeout,
                     deadline=deadline,
                 ),
                 request_id_prefix=self._batch.spec.identity[:12],
@@ -427,9 +428,7 @@ def _catalog_now_knows_more(summary: RequestsSummary, catalog: Catalog) -> bool:
     return bool(summary.rejects_by_code.get(Code.MODEL_NOT_FOUND)) and summary.names != sorted(catalog.names)
 
 
-def _current_entry(
-    before: dict[str, Any] | None, report: ModelReport, rows: int, mode: Mode
-) -> dict[str, Any]:
+def _current_entry(before: dict[str, Any] | None, report: ModelReport, rows: int, mode: Mode) -> dict[str, Any]:
     """The revision goes up by one when there are new rows to read."""
     unchanged = before is not None and before["generation"] == report.generation and before["rows"] == rows
     if before is not None and unchanged and not (mode is Mode.RESTART and report.asked):

@@ -191,7 +191,7 @@ class EmbeddedPostgres:
         except (OSError, subprocess.CalledProcessError) as error:
             raise SettingsError(
                 f"PostgreSQL cannot run as root and the user {_SERVER_USER} could not be made ({error}). "
-                f"Make it, run as another user, or set DAGSTER_POSTGRES_URL."
+                "Make it, run as another user, or set DAGSTER_POSTGRES_URL."
             ) from error
         return pwd.getpwnam(_SERVER_USER)
 

@@ -35,7 +35,8 @@ class Settings(BaseSettings):
     night_cron: str = Field("0 22 * * *", description="When the schedule inbox_at_night takes the inbox (cron).")
     port: int = Field(3000, ge=0, le=65535, description="Port of the web UI on 127.0.0.1; 0 takes a free one.")
     runtime_dir: Path | None = Field(
-        None, description="Sockets, device locks and process state; short path, private. Default: /tmp/vllm-batch-<uid>."
+        None,
+        description="Sockets, device locks and process state; short path, private. Default: /tmp/vllm-batch-<uid>.",
     )
     dagster_home: Path | None = Field(
         None, validation_alias="DAGSTER_HOME", description="Dagster's home. Default: <data>/dagster."

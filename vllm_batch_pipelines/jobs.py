@@ -1,11 +1,9 @@
 """Jobs: a batch from its lines to its outputs, the same for failed rows, and the registration of files."""
 
-import glob
-
 from dagster import AssetSelection, Config, Failure, JobDefinition, OpExecutionContext, define_asset_job, job, op
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from pydantic import Field
 
-from assets.partitions import BATCH_FILES
 from resources.batch_store import queue
 from resources.batch_store.resource import BatchStoreResource
 from resources.errors import BatchError, InputRefused
@@ -27,14 +25,12 @@ def mode_config(mode: str) -> dict[str, object]:
 process_batch = define_asset_job(
     "process_batch",
     selection=BATCH_ASSETS,
-    partitions_def=BATCH_FILES,
     description="Check, answer and publish a batch. What is done already is left alone.",
 )
 
 retry_failed_rows = define_asset_job(
     "retry_failed_rows",
     selection=BATCH_ASSETS,
-    partitions_def=BATCH_FILES,
     config=mode_config(Mode.RETRY_FAILED),
     description="Check the lines again, ask again for those that failed, publish the latest answers.",
 )
@@ -49,7 +45,7 @@ class RegisterConfig(Config):
 def register(context: OpExecutionContext, config: RegisterConfig, store: BatchStoreResource) -> None:
     inbox = settings().inbox_dir
     allowed = [inbox, *(root.expanduser().resolve() for root in settings().input_roots)]
-    matched = glob.glob(str(inbox / config.glob)) if config.glob else []
+    matched = inbox.glob(config.glob) if config.glob else []
     given = [inbox / path for path in (*config.paths, *sorted(matched))]
     if not given:
         raise Failure(description=f"No file named: set `paths` or a `glob` that matches something in {inbox}.")
@@ -63,7 +59,7 @@ def register(context: OpExecutionContext, config: RegisterConfig, store: BatchSt
             context.log.info(f"{path.name} is {registration.batch.key}; its run is queued.")
         except BatchError as error:
             refused.append(str(error))
-            context.log.error(str(error))
+            context.log.error(str(error))  # noqa: TRY400 (the message says it all)
     if refused:
         raise Failure(description=f"{len(refused)} of {len(given)} files refused: " + "; ".join(refused[:5]))
 
@@ -73,4 +69,4 @@ def register_files() -> None:
     register()
 
 
-JOBS = [process_batch, retry_failed_rows, register_files]
+JOBS: list[JobDefinition | UnresolvedAssetJobDefinition] = [process_batch, retry_failed_rows, register_files]

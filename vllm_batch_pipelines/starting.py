@@ -115,9 +115,7 @@ def run_request(batch: Batch, mode: str, run_key: str | None) -> RunRequest:
     if batch.spec.options.priority:
         tags[PRIORITY_TAG] = str(batch.spec.options.priority)
     job = "process_batch" if mode == pipeline.Mode.RESUME else "retry_failed_rows"
-    return RunRequest(
-        run_key=run_key, job_name=job, partition_key=batch.key, run_config=mode_config(mode), tags=tags
-    )
+    return RunRequest(run_key=run_key, job_name=job, partition_key=batch.key, run_config=mode_config(mode), tags=tags)
 
 
 def sweep(instance: DagsterInstance, store: BatchStore, catalog: Catalog) -> ToStart:
@@ -236,4 +234,3 @@ def _runs_without_lock(store: BatchStore, runs: list[DagsterRun]) -> list[Dagste
         if owner is None:
             dead.append(run)
     return dead
-

@@ -1,13 +1,11 @@
 """Answers: what is worth a column in a response body, and the lines of `output.jsonl` and `errors.jsonl`."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 
-@dataclass(slots=True, frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """The parts of a response that people filter and count by; None where the response has none."""
 
     text: str | None = None

@@ -31,7 +31,9 @@ class BatchOptions(BaseModel):
     )
     chunk_rows: int = Field(1000, ge=1, le=100_000, description="Rows of a committed chunk.")
     flush_seconds: float = Field(5, gt=0, le=3600, description="Commit at the latest after this many seconds.")
-    max_attempts: int = Field(3, ge=1, le=20, description="Times a request is sent before a transient fault is its answer.")
+    max_attempts: int = Field(
+        3, ge=1, le=20, description="Times a request is sent before a transient fault is its answer."
+    )
     request_timeout: float = Field(600, gt=0, le=86_400, description="Seconds a request may take.")
     deadline: str | None = Field(
         None, description="Stop asking after this: `90m`, `24h`, `7d` from registration, or an ISO time with zone."
@@ -91,7 +93,7 @@ def load_sidecar(input_path: Path) -> dict[str, Any]:
     if len(text) > MAX_SIDECAR_BYTES:
         raise OptionsError(f"{path}: larger than {MAX_SIDECAR_BYTES} bytes.")
     try:
-        values = yaml.load(text.decode("utf-8"), Loader=UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(text.decode("utf-8"), Loader=UniqueKeyLoader)
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise OptionsError(f"{path} is not readable as YAML: {error}") from None
     if values is None:
@@ -109,7 +111,7 @@ def options_from_text(pairs: list[str]) -> dict[str, Any]:
         if not separator or not key:
             raise OptionsError(f"--option {pair}: must be key=value, for example --option chunk_rows=500.")
         try:
-            values[key.strip()] = yaml.load(text, Loader=UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+            values[key.strip()] = yaml.load(text, Loader=UniqueKeyLoader)
         except yaml.YAMLError as error:
             raise OptionsError(f"--option {key}: not readable as YAML: {error}") from None
     return values

@@ -1,13 +1,13 @@
 """The folder of one batch. This class is the only one that knows the names in it.
 
-    batch.json                  spec, written once (operational options may be replaced)
-    lock                        held by the process that works on the batch
-    run.json                    what the last or current run says of itself; shown to people, never trusted as progress
-    input.jsonl[.gz|.zst]       the immutable snapshot
-    requests/part-*.parquet     one row a line, valid or not; summary.json beside them
-    results/<model>/<fingerprint>/manifest.json chunk-*.parquet       the checkpoint
-    results/current.json        which generation of each model readers see
-    output -> outputs/<revision>/output.jsonl errors.jsonl results/part-*.parquet summary.json
+batch.json                  spec, written once (operational options may be replaced)
+lock                        held by the process that works on the batch
+run.json                    what the last or current run says of itself; shown to people, never trusted as progress
+input.jsonl[.gz|.zst]       the immutable snapshot
+requests/part-*.parquet     one row a line, valid or not; summary.json beside them
+results/<model>/<fingerprint>/manifest.json chunk-*.parquet       the checkpoint
+results/current.json        which generation of each model readers see
+output -> outputs/<revision>/output.jsonl errors.jsonl results/part-*.parquet summary.json
 """
 
 import json

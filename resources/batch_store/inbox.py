@@ -43,7 +43,11 @@ class Inbox:
         """Files that are whole and not taken yet, oldest first. Waits a moment for those that were just dropped."""
         deadline = time.monotonic() + _LONGEST_WAIT_SECONDS
         while True:
-            new = [dropped for dropped in self._look() if self._index.get(dropped.path.name, {}).get("mark") != dropped.mark]
+            new = [
+                dropped
+                for dropped in self._look()
+                if self._index.get(dropped.path.name, {}).get("mark") != dropped.mark
+            ]
             ready = [dropped for dropped in new if _is_whole(dropped)]
             if len(ready) == len(new) or time.monotonic() >= deadline:
                 yield from ready
@@ -90,7 +94,8 @@ def _is_whole(dropped: DroppedFile) -> bool:
 
 
 def _is_being_written(path: Path) -> bool:
-    """Whether some process has the file open for writing: the kernel grants a read lease only where none has (fcntl(2)).
+    """Whether some process has the file open for writing: only where none has does the kernel grant a read lease
+    (F_SETLEASE in fcntl(2)).
 
     File systems without leases, and files of other users, give no answer; there the settling time alone counts.
     """

@@ -67,9 +67,10 @@ def write_outputs(
     (folder / "results").mkdir()
     span = ranges_of_lines(generations, last_line)
     answers = OrderedRows(generations, span, scratch)
-    with (folder / "output.jsonl").open("w", encoding="utf-8") as output, (folder / "errors.jsonl").open(
-        "w", encoding="utf-8"
-    ) as errors:
+    with (
+        (folder / "output.jsonl").open("w", encoding="utf-8") as output,
+        (folder / "errors.jsonl").open("w", encoding="utf-8") as errors,
+    ):
         for part, (index, requests) in enumerate(_ranges(batch.requests_dir, span)):
             table = writer.write(requests, answers.between(index), output, errors)
             write_parquet(table, folder / "results" / f"part-{part:05d}.parquet")
@@ -172,7 +173,10 @@ def verify_outputs(batch: Batch) -> list[str]:
     """
     published = np.concatenate(
         [np.empty(0, np.int64)]
-        + [pq.read_table(p, columns=["line"])["line"].to_numpy() for p in sorted(batch.output_dir.glob("results/part-*"))]
+        + [
+            pq.read_table(p, columns=["line"])["line"].to_numpy()
+            for p in sorted(batch.output_dir.glob("results/part-*"))
+        ]
     )
     wanted = np.concatenate(
         [np.empty(0, np.int64)] + [b["line"].to_numpy() for b in read_batches(batch.requests_dir, ["line"])]

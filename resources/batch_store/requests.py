@@ -102,7 +102,9 @@ class RequestsWriter:
             return
         if self._writer is None:
             path = self._folder / f"part-{self._parts:05d}.parquet"
-            self._writer = pq.ParquetWriter(path, REQUESTS, compression="zstd", compression_level=1, use_dictionary=_DICT)
+            self._writer = pq.ParquetWriter(
+                path, REQUESTS, compression="zstd", compression_level=1, use_dictionary=_DICT
+            )
             self._parts += 1
         columns = zip(*self._rows, strict=True)
         arrays = [
@@ -146,7 +148,10 @@ def valid_rows(
         rows = batch.filter(mask)
         if len(rows):
             yield from zip(
-                rows["line"].to_pylist(), rows["url"].to_pylist(), rows["body"].cast(pa.binary()).to_pylist(), strict=True
+                rows["line"].to_pylist(),
+                rows["url"].to_pylist(),
+                rows["body"].cast(pa.binary()).to_pylist(),
+                strict=True,
             )
 
 

@@ -80,5 +80,9 @@ def status_of(store: BatchStore, batch: Batch) -> BatchStatus:
     state = {"running": "interrupted", "idle": "interrupted"}.get(record.get("status", ""), record.get("status"))
     progress = record.get("progress") or {}
     return BatchStatus(
-        **common, state=state or "registered", done=progress.get("done"), error=error.get("message"), phase=record.get("phase")
+        **common,
+        state=state or "registered",
+        done=progress.get("done"),
+        error=error.get("message"),
+        phase=record.get("phase"),
     )

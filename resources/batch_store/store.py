@@ -1,7 +1,6 @@
 """The batches under the data root: registration by content, and finding them again."""
 
 import hashlib
-
 import os
 import secrets
 import shutil
@@ -214,5 +213,3 @@ def _first_lines(stream: BinaryIO, suffix: str, limit: int) -> Iterator[bytes]:
             raise InputRefused(f"line {number} is over {MAX_LINE_BYTES} bytes; take a --limit below it.")
         yield b"\n" * (number - previous - 1) + line + b"\n"
         previous = number
-
-

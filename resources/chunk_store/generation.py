@@ -122,7 +122,7 @@ class Generation:
         return state
 
     def remove_superseded(self) -> None:
-        """Finish a merge that was cut off between its commit and the removal of its sources. Holder of the lock only."""
+        """Finish a merge that was cut off between its commit and the removal of its sources. For the lock's holder."""
         if not self.folder.is_dir():
             return
         durable.remove_temporaries(self.folder)
@@ -160,7 +160,9 @@ class Generation:
         except FileNotFoundError:
             return None
         except ValueError:
-            raise CheckpointError(f"{self.folder / 'manifest.json'} is not JSON; remove it to have it written anew.") from None
+            raise CheckpointError(
+                f"{self.folder / 'manifest.json'} is not JSON; remove it to have it written anew."
+            ) from None
         return content if isinstance(content, dict) else None
 
     def __iter__(self) -> Iterator[tuple[int, pq.ParquetFile]]:

@@ -5,7 +5,6 @@ is read in place; only those that straddle a border go through scratch files. Ch
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ _MAX_RANGE_LINES = 50_000
 
 def ranges_of_lines(generations: list[Generation], last_line: int) -> int:
     """How many lines a range should span for its rows to take about RANGE_BYTES."""
-    total = sum(
+    total: int = sum(
         chunk.metadata.row_group(i).total_byte_size
         for generation in generations
         for _, chunk in generation

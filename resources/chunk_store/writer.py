@@ -95,5 +95,3 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 def _uncompressed(chunk: pq.ParquetFile) -> list[int]:
     return [chunk.metadata.row_group(i).total_byte_size for i in range(chunk.metadata.num_row_groups)]
-
-

@@ -1,15 +1,15 @@
 """The model catalog: `models.yaml`, the one place where models and engines are named.
 
-    models:
-      my-model:
-        engine: vllm                     # vllm (default) | openai | "null"
-        source: org/name                 # hub id, or a folder (relative to this file)
-        revision: main                   # of a hub id
-        engine_args: {max_model_len: 4096}
-        env: {VLLM_LOGGING_LEVEL: INFO}  # of the server process
-        aliases: [my-alias]
-        defaults: {temperature: 0}       # body fields for requests that do not set them
-        concurrency: 64                  # requests in flight
+models:
+  my-model:
+    engine: vllm                     # vllm (default) | openai | "null"
+    source: org/name                 # hub id, or a folder (relative to this file)
+    revision: main                   # of a hub id
+    engine_args: {max_model_len: 4096}
+    env: {VLLM_LOGGING_LEVEL: INFO}  # of the server process
+    aliases: [my-alias]
+    defaults: {temperature: 0}       # body fields for requests that do not set them
+    concurrency: 64                  # requests in flight
 """
 
 import difflib
@@ -42,7 +42,9 @@ class ModelEntry(BaseModel):
     revision: str | None = None
     engine_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of vLLM's server, as they are.")
     env: dict[str, str] = Field(default_factory=dict, description="Environment of the server process.")
-    allowed_media_domains: tuple[str, ...] = Field((), description="Domains the server may fetch media from; none by default.")
+    allowed_media_domains: tuple[str, ...] = Field(
+        (), description="Domains the server may fetch media from; none by default."
+    )
     base_url: str | None = Field(None, description="openai: URL up to and including /v1.")
     api_key_env: str | None = Field(None, description="openai: name of the environment variable with the key.")
     aliases: tuple[str, ...] = ()

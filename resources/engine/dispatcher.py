@@ -1,8 +1,8 @@
 """The dispatcher: keeps the engine fed from the first line to the last, and hands finished rows to the checkpoint.
 
 As many workers as requests may be in flight pull from one iterator, so a new request starts the moment one finishes;
-there is no barrier at a chunk's border. Finished rows gather in a buffer that another thread commits. Queues are bounded
-in rows and bytes on both sides: the engine waits for a commit only when the disk is slower than the engine for long.
+there is no barrier at a chunk's border. Finished rows gather in a buffer that another thread commits. Queues are
+bounded in rows and bytes on both sides: the engine waits for a commit only when the disk is slower than the engine for long.
 
 The event loop runs in a thread of its own. The caller's thread waits and turns an interrupt into a stop, so no
 exception lands in the middle of a commit.
@@ -46,13 +46,14 @@ class Pending(NamedTuple):
 
 @dataclass(frozen=True)
 class DispatchOptions:
-    """`outage_seconds` is how long an engine may be out of reach before the run fails with its rows uncommitted."""
+    """`request_timeout` is None for an engine in this process, which cannot hang. `outage_seconds` is how long an
+    engine may be out of reach before the run fails with its rows uncommitted."""
 
     concurrency: int
     chunk_rows: int = 1000
     flush_seconds: float = 5
     max_attempts: int = 3
-    request_timeout: float = 600
+    request_timeout: float | None = 600
     deadline: datetime | None = None
     outage_seconds: float = 300
     backoff_seconds: float = 0.5
@@ -201,8 +202,7 @@ class Dispatcher:
             request = EngineRequest(pending.line, pending.url, pending.body, f"{self._prefix}-{pending.line}-{attempt}")
             wait = None
             try:
-                async with asyncio.timeout(options.request_timeout):
-                    response = await engine.ask(request)
+                response = await self._ask(engine, request)
                 row = _answered(request, response, started, attempt)
                 self._outage.over()
                 if response.status not in TRANSIENT_STATUS:
@@ -221,6 +221,12 @@ class Dispatcher:
             self.counts.retries += 1
             backoff = min(options.backoff_seconds * 2 ** min(sent, 6), 30) * random.uniform(0.5, 1)
             await asyncio.sleep(max(wait or 0, backoff))
+
+    async def _ask(self, engine: Engine, request: EngineRequest) -> EngineResponse:
+        if self._options.request_timeout is None:
+            return await engine.ask(request)
+        async with asyncio.timeout(self._options.request_timeout):
+            return await engine.ask(request)
 
     def _count(self, row: ChunkRow) -> None:
         counts = self.counts
@@ -289,7 +295,9 @@ class _Outage:
         return self._failures > self._CONSECUTIVE
 
     def pause(self) -> float:
-        return min(2.0 ** min(self._failures - self._CONSECUTIVE, 4), max(self._limit / 4, 0.1)) * random.uniform(0.5, 1)
+        return min(2.0 ** min(self._failures - self._CONSECUTIVE, 4), max(self._limit / 4, 0.1)) * random.uniform(
+            0.5, 1
+        )
 
 
 class _ErrorDetail(msgspec.Struct):

@@ -22,6 +22,7 @@ class RunningEngine:
     connect: Callable[[], AbstractAsyncContextManager[Engine]]
     load_seconds: float = 0.0
     died: Callable[[], str | None] = lambda: None
+    in_process: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class EngineStarter:
     ) -> Iterator[RunningEngine]:
         """Raises EngineStartFailed with what a person can do; BatchStopped when `stop` comes first."""
         if entry.engine is EngineKind.NULL:
-            yield RunningEngine(_null)
+            yield RunningEngine(_null, in_process=True)
         elif entry.engine is EngineKind.OPENAI:
             yield RunningEngine(lambda: Endpoint(base_url=entry.base_url, api_key=_key(entry)))
         else:
@@ -49,11 +50,13 @@ class EngineStarter:
 
                 def died() -> str | None:
                     reason = server.end_reason
-                    return f"The vLLM server of `{entry.name}` is gone ({reason}).\n{server.log_tail()}" if reason else None
+                    return (
+                        f"The vLLM server of `{entry.name}` is gone ({reason}).\n{server.log_tail()}"
+                        if reason
+                        else None
+                    )
 
-                yield RunningEngine(
-                    lambda: Endpoint(socket_path=server.socket_path), server.load_seconds or 0.0, died
-                )
+                yield RunningEngine(lambda: Endpoint(socket_path=server.socket_path), server.load_seconds or 0.0, died)
 
 
 @asynccontextmanager

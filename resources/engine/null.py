@@ -11,10 +11,8 @@ from resources.engine.protocol import EngineRequest, EngineResponse
 _USAGE = '"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}'
 _HEAD = '{"id":"null-%08x","object":"%s","created":0,"model":"null",'
 _TEMPLATES = {
-    "/v1/chat/completions": _HEAD
-    + '"choices":[{"index":0,"message":{"role":"assistant","content":"null answer %08x"},"logprobs":null,"finish_reason":"stop"}],'
-    + _USAGE
-    + "}",
+    "/v1/chat/completions": _HEAD + '"choices":[{"index":0,"message":{"role":"assistant","content":"null answer %08x"},'
+    '"logprobs":null,"finish_reason":"stop"}],' + _USAGE + "}",
     "/v1/completions": _HEAD
     + '"choices":[{"index":0,"text":"null answer %08x","logprobs":null,"finish_reason":"stop"}],'
     + _USAGE
@@ -22,14 +20,18 @@ _TEMPLATES = {
 }
 _OBJECTS = {"/v1/chat/completions": "chat.completion", "/v1/completions": "text_completion"}
 _OTHERS = {
-    "/v1/responses": '{"id":"null-%08x","object":"response","created_at":0,"model":"null","status":"completed","error":null,'
+    "/v1/responses": '{"id":"null-%08x","object":"response","created_at":0,"model":"null","status":"completed",'
+    '"error":null,'
     '"incomplete_details":null,"instructions":null,"metadata":null,"parallel_tool_calls":false,"temperature":null,'
     '"tool_choice":"auto","tools":[],"top_p":null,"output":[{"id":"null","type":"message","role":"assistant",'
     '"status":"completed","content":[{"type":"output_text","text":"null answer","annotations":[]}]}],"usage":null}',
-    "/v1/embeddings": '{"id":"null-%08x","object":"list","created":0,"model":"null","data":[{"index":0,"object":"embedding",'
+    "/v1/embeddings": '{"id":"null-%08x","object":"list","created":0,"model":"null",'
+    '"data":[{"index":0,"object":"embedding",'
     '"embedding":[0.0]}],"usage":{"prompt_tokens":0,"total_tokens":0}}',
 }
-_SCORES = '{"id":"null-%08x","object":"list","created":0,"model":"null","data":[],"results":[],"usage":{"total_tokens":0}}'
+_SCORES = (
+    '{"id":"null-%08x","object":"list","created":0,"model":"null","data":[],"results":[],"usage":{"total_tokens":0}}'
+)
 
 
 class NullEngine:

@@ -1,11 +1,9 @@
 """The one method that every engine has."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
-@dataclass(slots=True, frozen=True)
-class EngineRequest:
+class EngineRequest(NamedTuple):
     """One request as the engine gets it: endpoint path, JSON body as bytes, and an id for its log."""
 
     line: int
@@ -14,8 +12,7 @@ class EngineRequest:
     request_id: str
 
 
-@dataclass(slots=True, frozen=True)
-class EngineResponse:
+class EngineResponse(NamedTuple):
     """What came back: HTTP status, JSON body as bytes, seconds to wait where the engine asked for it."""
 
     status: int

@@ -31,7 +31,7 @@ def tiny_job():
 defs = dg.Definitions(jobs=[tiny_job])
 """
 _LAUNCH = """mutation { launchPipelineExecution(executionParams: {runConfigData: {}, selector: {
-    repositoryLocationName: "tiny", repositoryName: "__repository__", pipelineName: "tiny_job"}}) { __typename } }"""
+    repositoryLocationName: "tiny", repositoryName: "__repository__", jobName: "tiny_job"}}) { __typename } }"""
 _RUNS = "{ runsOrError { ... on Runs { results { runId } } } }"
 
 
@@ -70,7 +70,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("web")
     (folder / "tiny.py").write_text(_DEFINITIONS)
     (folder / "workspace.yaml").write_text(
-        "load_from: [{python_module: {module_name: tiny, location_name: tiny, working_directory: .}}]"
+        f"load_from: [{{python_module: {{module_name: tiny, location_name: tiny, working_directory: {folder}}}}}]"
     )
     (folder / "dagster.yaml").write_text("telemetry: {enabled: false}")
     url_file = folder / "url"
@@ -189,6 +189,13 @@ def test_a_websocket_of_another_site_is_refused(site: Site, origin: str | None, 
     ):
         pass
     assert refusal.value.response.status_code in (400, 403)
+
+
+def test_the_refused_mutation_is_one_that_works(site: Site) -> None:
+    """Last of all: without this the tests above could refuse something that never did anything."""
+    status, answer = site.graphql(_LAUNCH, Origin=site.url, Sec_Fetch_Site="same-origin")
+    assert (status, "LaunchRunSuccess" in answer) == (200, True), answer
+    assert len(site.runs()) == 1
 
 
 def test_only_loopback_is_listened_on(site: Site) -> None:

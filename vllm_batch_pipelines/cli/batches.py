@@ -75,7 +75,9 @@ def submit(
         _finish(store, batch, wait=wait, as_json=as_json)
 
 
-def retry(key: Key, wait: Annotated[bool, typer.Option("--wait", help="Show progress.")] = False, as_json: AsJson = False) -> None:
+def retry(
+    key: Key, wait: Annotated[bool, typer.Option("--wait", help="Show progress.")] = False, as_json: AsJson = False
+) -> None:
     """Check the lines of a batch again and ask for those that failed, on the running stack.
 
     Example:
@@ -91,7 +93,10 @@ def retry(key: Key, wait: Annotated[bool, typer.Option("--wait", help="Show prog
         _finish(store, batch, wait=wait, as_json=as_json)
 
 
-def status(key: Annotated[str | None, typer.Argument(help="A batch; all of them where left out.")] = None, as_json: AsJson = False) -> None:
+def status(
+    key: Annotated[str | None, typer.Argument(help="A batch; all of them where left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show how far batches are. Works with the stack down.
 
     Examples:
@@ -110,7 +115,9 @@ def status(key: Annotated[str | None, typer.Argument(help="A batch; all of them 
         if as_json:
             common.print_json([found.as_dict() for found in statuses])
         elif not statuses:
-            common.stderr.print(f"No batches yet. Drop a .jsonl file in {settings().inbox_dir}, or `vllm-batch run FILE`.")
+            common.stderr.print(
+                f"No batches yet. Drop a .jsonl file in {settings().inbox_dir}, or `vllm-batch run FILE`."
+            )
         else:
             _show_all(statuses)
 
@@ -119,7 +126,9 @@ def results(
     key: Key,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A file; stdout where left out.")] = None,
     errors: Annotated[Path | None, typer.Option("--errors", "-e", help="Where the error lines go (jsonl).")] = None,
-    format: Annotated[Format, typer.Option(help="jsonl: answers as OpenAI writes them; parquet, csv: one row a line.")] = Format.JSONL,
+    format: Annotated[
+        Format, typer.Option(help="jsonl: answers as OpenAI writes them; parquet, csv: one row a line.")
+    ] = Format.JSONL,
 ) -> None:
     """Write the results of a batch; those so far where it is not complete. Works with the stack down.
 
@@ -185,7 +194,11 @@ def validate(
             raise InputRefused(f"{file}: a batch file ends in .jsonl, .jsonl.gz or .jsonl.zst.")
         given = load_sidecar(file) | options_from_text(option or []) | ({"model": model} if model else {})
         options = parse_options(given, origin=f"options of {file.name}")
-        with tempfile.TemporaryDirectory(prefix="vllm-batch-") as scratch, open_regular(file) as stream, common.progress_bar() as bar:
+        with (
+            tempfile.TemporaryDirectory(prefix="vllm-batch-") as scratch,
+            open_regular(file) as stream,
+            common.progress_bar() as bar,
+        ):
             summary = pipeline.check_stream(
                 stream, suffix, options.model, common.open_catalog(), Path(scratch), progress=bar
             )
@@ -246,13 +259,16 @@ def _partial(batch: Batch, scratch: Path) -> Path:
     for attempt in range(5):
         folder = scratch / f"try-{attempt}"
         try:
-            summary = pipeline.write_to(batch, folder, generations, "batch_incomplete", threading.Event(), lambda _: None)
+            summary = pipeline.write_to(
+                batch, folder, generations, "batch_incomplete", threading.Event(), lambda _: None
+            )
         except (CheckpointError, FileNotFoundError):
             if attempt == 4 or batch.locked_by() is None:
                 raise
             continue
         common.stderr.print(
-            f"[yellow]{batch.key} is not complete:[/] {summary.lines - summary.missing} of {summary.lines} lines have an answer."
+            f"[yellow]{batch.key} is not complete:[/] "
+            f"{summary.lines - summary.missing} of {summary.lines} lines have an answer."
         )
         return folder
     raise AssertionError
@@ -299,7 +315,10 @@ def _write_rows(folder: Path, target: Any, format: Format) -> None:
 def _show_one(found: BatchStatus) -> None:
     print = common.stdout.print
     print(f"[bold]{found.key}[/]  {found.state}" + (f" ({found.phase})" if found.state == "running" else ""))
-    print(f"  source      {found.source}, registered {found.registered_at}" + (f", dry run ({found.engine})" if found.engine else ""))
+    print(
+        f"  source      {found.source}, registered {found.registered_at}"
+        + (f", dry run ({found.engine})" if found.engine else "")
+    )
     if found.lines is not None:
         print(f"  lines       {found.lines}" + (f", {found.rejected} of them invalid" if found.rejected else ""))
     if found.percent is not None:

@@ -69,7 +69,9 @@ def _engine() -> str:
             continue
         if importlib.util.find_spec("vllm"):
             return f"{name} {found}"
-    raise BatchError("vLLM is not installed; `make venv` installs the build for this machine (only needed for engine vllm).")
+    raise BatchError(
+        "vLLM is not installed; `make venv` installs the build for this machine (only needed for engine vllm)."
+    )
 
 
 def _device() -> str:
@@ -77,7 +79,11 @@ def _device() -> str:
         return f"no NVIDIA GPU; vLLM uses {os.cpu_count()} CPU cores"
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip().replace("\n", "; ")
+        return (
+            subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+            .stdout.strip()
+            .replace("\n", "; ")
+        )
     except (subprocess.SubprocessError, OSError) as error:
         raise BatchError(f"nvidia-smi does not answer ({error})") from None
 

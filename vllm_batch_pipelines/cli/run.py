@@ -37,7 +37,9 @@ def run(
     errors: Annotated[Path | None, typer.Option("--errors", "-e", help="Where to copy the error lines to.")] = None,
     mode: Annotated[Mode, typer.Option(help="What to ask of a batch that was begun before.")] = Mode.RESUME,
     option: Annotated[list[str] | None, typer.Option(help="A batch option, key=value. May be repeated.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first N lines, as a batch of their own.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take only the first N lines, as a batch of their own.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Register a file, answer it in this process, write the outputs.
@@ -85,7 +87,9 @@ def run(
             },
             "errors_by_code": published.errors_by_code,
             "usage": {"prompt_tokens": published.prompt_tokens, "completion_tokens": published.completion_tokens},
-            "models": [{**entry.__dict__, "tokens_per_second": round(entry.tokens_per_second, 1)} for entry in report.models],
+            "models": [
+                {**entry.__dict__, "tokens_per_second": round(entry.tokens_per_second, 1)} for entry in report.models
+            ],
             "seconds": round(time.monotonic() - started, 3),
             "output_file": str(copies["output.jsonl"]),
             "error_file": str(copies["errors.jsonl"]),
@@ -145,5 +149,3 @@ def _terminate_as_interrupt() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-

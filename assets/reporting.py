@@ -37,16 +37,18 @@ def failures_for_people(context: AssetExecutionContext) -> Iterator[None]:
         raise Failure(description=str(error), allow_retries=False) from None
 
 
-def progress_reporter(context: AssetExecutionContext) -> Callable[[Progress], None]:
-    """Progress as one observation, one log line and a run tag, at most every 15 seconds."""
-    last = time.monotonic()
+def progress_reporter(
+    context: AssetExecutionContext, clock: Callable[[], float] = time.monotonic
+) -> Callable[[Progress], None]:
+    """Progress as one observation, one log line and a run tag, at most every 15 seconds of the clock."""
+    last = clock()
     last_note = ""
 
     def report(now: Progress) -> None:
         nonlocal last, last_note
-        if time.monotonic() - last < PROGRESS_SECONDS and (not now.note or last_note):
+        if clock() - last < PROGRESS_SECONDS and (not now.note or last_note):
             return
-        last, last_note = time.monotonic(), now.note
+        last, last_note = clock(), now.note
         if now.note:
             context.log.info(now.note)
             return

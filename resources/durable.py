@@ -1,4 +1,4 @@
-"""Writes that are there whole or not at all, also after a power cut: temporary name, fsync, rename, fsync of the folder."""
+"""Writes that are there whole or not at all, after a power cut too: temporary name, fsync, rename, fsync of the folder."""
 
 import os
 import secrets
@@ -10,7 +10,7 @@ TEMPORARY = ".tmp-"
 
 def temporary_beside(path: Path) -> Path:
     """A name in the same folder that no reader takes for a finished file."""
-    return path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}"[:255])
+    return path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name[:40]}")
 
 
 def write_file(path: Path, content: bytes, *, durable: bool = True) -> None:

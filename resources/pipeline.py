@@ -160,6 +160,10 @@ def answer(
                 return report
             raise BatchError(_pruned(batch))
         before = batch.current()
+        if mode is Mode.RESTART and before:
+            # What is published must never pass for the answers to come, also where this run is killed half-way.
+            before = {model: {**entry, "rows": 0} for model, entry in before.items()}
+            batch.set_current(before)
         current: dict[str, dict[str, Any]] = {}
         finished_before = 0
         for model, total in summary.models.items():
@@ -169,7 +173,7 @@ def answer(
             report.models.append(model_report)
             report.expired |= not complete
             finished_before += committed.done
-            current[model] = _current_entry(before.get(model), model_report, committed.rows, mode)
+            current[model] = _current_entry(before.get(model), model_report, committed.rows)
         if current != before:
             batch.results_dir.mkdir(exist_ok=True)
             batch.set_current(current)
@@ -428,10 +432,10 @@ def _catalog_now_knows_more(summary: RequestsSummary, catalog: Catalog) -> bool:
     return bool(summary.rejects_by_code.get(Code.MODEL_NOT_FOUND)) and summary.names != sorted(catalog.names)
 
 
-def _current_entry(before: dict[str, Any] | None, report: ModelReport, rows: int, mode: Mode) -> dict[str, Any]:
+def _current_entry(before: dict[str, Any] | None, report: ModelReport, rows: int) -> dict[str, Any]:
     """The revision goes up by one when there are new rows to read."""
     unchanged = before is not None and before["generation"] == report.generation and before["rows"] == rows
-    if before is not None and unchanged and not (mode is Mode.RESTART and report.asked):
+    if before is not None and unchanged:
         return before
     return {"generation": report.generation, "revision": (before["revision"] if before else 0) + 1, "rows": rows}
 

@@ -83,7 +83,7 @@ def load_settings() -> Settings:
     Raises:
         SettingsError: a value does not fit, or a ``VLLM_BATCH_*`` variable is not a setting (with the nearest name).
     """
-    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    known = {str(f.validation_alias or f"{PREFIX}{name.upper()}") for name, f in Settings.model_fields.items()}
     given = {name for name in os.environ if name.startswith(PREFIX)} | _names_in_dotenv()
     for name in sorted(given - known):
         near = difflib.get_close_matches(name, known, n=1)

@@ -1,5 +1,7 @@
 """Jobs: a batch from its lines to its outputs, the same for failed rows, and the registration of files."""
 
+from pathlib import Path
+
 from dagster import AssetSelection, Config, Failure, JobDefinition, OpExecutionContext, define_asset_job, job, op
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from pydantic import Field
@@ -46,7 +48,7 @@ def register(context: OpExecutionContext, config: RegisterConfig, store: BatchSt
     inbox = settings().inbox_dir
     allowed = [inbox, *(root.expanduser().resolve() for root in settings().input_roots)]
     matched = inbox.glob(config.glob) if config.glob else []
-    given = [inbox / path for path in (*config.paths, *sorted(matched))]
+    given: list[Path] = [inbox / path for path in (*config.paths, *sorted(matched))]
     if not given:
         raise Failure(description=f"No file named: set `paths` or a `glob` that matches something in {inbox}.")
     refused = []

@@ -18,7 +18,7 @@ from vllm_batch_pipelines.starting import ToStart, start_queued, sweep, take_fro
     cron_schedule="* * * * *",
     job=process_batch,
     default_status=DefaultScheduleStatus.RUNNING,
-    description="Starts batches that are missing, failed or left by a dead process; adopts what `vllm-batch run` finished.",
+    description="Starts batches that are missing, failed or left by a dead process; adopts those of the lean core.",
 )
 def sweep_schedule(context: ScheduleEvaluationContext) -> Iterator[RunRequest | SkipReason]:
     found = sweep(context.instance, BatchStore(settings().data_root), load_catalog(settings().models_file))
@@ -29,7 +29,7 @@ def sweep_schedule(context: ScheduleEvaluationContext) -> Iterator[RunRequest | 
     name="inbox_at_night",
     cron_schedule=settings().night_cron,
     job=process_batch,
-    description="Takes the inbox at one hour only, for a GPU that is busy by day: start this and stop the sensor `inbox`.",
+    description="Takes the inbox at one hour only, for a GPU that is busy by day: start it, stop the sensor `inbox`.",
 )
 def inbox_at_night(context: ScheduleEvaluationContext) -> Iterator[RunRequest | SkipReason]:
     config, store = settings(), BatchStore(settings().data_root)

@@ -1,6 +1,6 @@
 """Answers: what is worth a column in a response body, and the lines of `output.jsonl` and `errors.jsonl`."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -15,6 +15,10 @@ class Summary(NamedTuple):
     cached_tokens: int | None = None
 
 
+# The columns are int32; an engine that says otherwise has another shape.
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+
+
 class _Message(msgspec.Struct):
     content: Any = None
 
@@ -26,15 +30,15 @@ class _Choice(msgspec.Struct):
 
 
 class _TokenDetails(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
     prompt_tokens_details: _TokenDetails | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
     input_tokens_details: _TokenDetails | None = None
 
 

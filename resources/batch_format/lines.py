@@ -18,6 +18,8 @@ MAX_LINE_BYTES = 16 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
 _BLOCK = 1024 * 1024
 _MAX_ZSTD_WINDOW = 128 * 1024 * 1024
+_ZSTD_PIECE = 512
+"""What is unpacked in one go. Four bytes can stand for 128 KiB, so this is what bounds the memory."""
 
 
 def input_suffix(path: Path) -> str | None:
@@ -61,7 +63,9 @@ def iter_lines(
             number += 1
             if number == 1 and piece.startswith(_BOM):
                 piece = piece[len(_BOM) :]
-            if len(piece) >= limit - len(_BOM) and not piece.endswith(b"\n"):
+                if not piece.endswith(b"\n"):
+                    piece += reader.readline(len(_BOM))
+            if len(piece) >= limit and not piece.endswith(b"\n"):
                 rest = piece
                 while not rest.endswith(b"\n") and (rest := reader.readline(_BLOCK)):
                     piece = b""
@@ -77,9 +81,9 @@ def iter_lines(
         ) from None
 
 
-def _decompressed(stream: BinaryIO, suffix: str) -> io.BufferedReader:
+def _decompressed(stream: BinaryIO, suffix: str) -> io.BufferedIOBase:
     if suffix.endswith(".gz"):
-        return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=stream, mode="rb")), _BLOCK)
+        return gzip.GzipFile(fileobj=stream, mode="rb")  # a buffer around it would lose what comes before a damage
     if suffix.endswith(".zst"):
         return io.BufferedReader(_ZstdFrames(stream), _BLOCK)
     return io.BufferedReader(cast(io.RawIOBase, stream), _BLOCK)
@@ -89,7 +93,7 @@ class _ZstdFrames(io.RawIOBase):
     """All frames of a zstd file. Unlike zstandard's own reader it tells a frame that is cut short from an end."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
+        self._stream = io.BufferedReader(cast(io.RawIOBase, stream), 128 * 1024)
         self._frame: zstandard.ZstdDecompressionObj | None = None
         self._ready = memoryview(b"")
 
@@ -98,7 +102,7 @@ class _ZstdFrames(io.RawIOBase):
 
     def readinto(self, target: bytearray | memoryview) -> int:  # type: ignore[override]
         while not self._ready:
-            packed = self._pending() or self._stream.read(128 * 1024)
+            packed = self._pending() or self._stream.read(_ZSTD_PIECE)
             if not packed:
                 if self._frame is not None and not self._frame.eof:
                     raise EOFError("the zstd frame ends early")

@@ -1,8 +1,10 @@
 """The options of a batch: the sidecar `<stem>.yaml` beside a dropped file, and `--option k=v` on the command line."""
 
 import difflib
+import json
 import re
-from datetime import UTC, datetime, timedelta
+from collections import Counter
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +50,17 @@ class BatchOptions(BaseModel):
             raise ValueError("`model` is an option of its own")
         if value.get("stream"):
             raise ValueError("`stream` is not supported in a batch")
+        try:
+            json.dumps(value, allow_nan=False, ensure_ascii=False, sort_keys=True).encode()
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("must hold what JSON can say: no dates, sets, NaN or keys that are not text") from None
         return value
+
+    @field_validator("deadline", mode="before")
+    @classmethod
+    def _yaml_time(cls, value: object) -> object:
+        """An ISO time that stands in YAML without quotes comes as a datetime."""
+        return value.isoformat() if isinstance(value, date) else value
 
     @field_validator("deadline")
     @classmethod
@@ -93,8 +105,8 @@ def load_sidecar(input_path: Path) -> dict[str, Any]:
     if len(text) > MAX_SIDECAR_BYTES:
         raise OptionsError(f"{path}: larger than {MAX_SIDECAR_BYTES} bytes.")
     try:
-        values = yaml.load(text.decode("utf-8"), Loader=UniqueKeyLoader)
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        values = yaml.load(text.decode("utf-8"), Loader=SidecarLoader)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: 2026-13-45, not UTF-8
         raise OptionsError(f"{path} is not readable as YAML: {error}") from None
     if values is None:
         return {}
@@ -111,26 +123,30 @@ def options_from_text(pairs: list[str]) -> dict[str, Any]:
         if not separator or not key:
             raise OptionsError(f"--option {pair}: must be key=value, for example --option chunk_rows=500.")
         try:
-            values[key.strip()] = yaml.load(text, Loader=UniqueKeyLoader)
-        except yaml.YAMLError as error:
+            values[key.strip()] = yaml.load(text, Loader=SidecarLoader)
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
             raise OptionsError(f"--option {key}: not readable as YAML: {error}") from None
     return values
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, without aliases (they can blow a small file up) and without keys that stand twice."""
+    """YAML's safe loader, without keys that stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = [key for key, count in keys.items() if count > 1]
+        if twice:
+            raise yaml.YAMLError(f"key `{twice[0]}` stands twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep=deep)
+
+
+class SidecarLoader(UniqueKeyLoader):
+    """For files that anybody may drop: without aliases too, which can blow a small file up."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not supported")
         return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.YAMLError(f"key `{twice[0]}` stands twice, line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep=deep)
 
 
 def _deadline(text: str, start: datetime) -> datetime:

@@ -6,6 +6,7 @@ decides everything else and says what is wrong. Tests hold them against each oth
 
 import json
 import math
+from collections import Counter
 from enum import StrEnum
 from typing import Any, NamedTuple, NoReturn
 
@@ -154,8 +155,8 @@ def _parse_strictly(raw: bytes) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)[:80]!r} stands twice in one object")
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
     return document
 
 

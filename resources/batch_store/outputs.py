@@ -23,6 +23,7 @@ SAMPLES = 5
 _REQUEST_COLUMNS = ["line", "custom_id", "url", "model", "error_code", "error_message", "error_param"]
 _MISSING_MESSAGES = {
     "batch_expired": "the deadline of the batch passed before this request had an answer",
+    "batch_incomplete": "the batch is not complete; this request has no answer yet",
     "batch_cancelled": "the batch was stopped before this request had an answer",
 }
 

@@ -24,6 +24,7 @@ class BatchStatus:
     phase: str | None = None
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
+    note: str | None = None
     error: str | None = None
     engine: str | None = None
     output_file: str | None = None
@@ -63,6 +64,7 @@ def status_of(store: BatchStore, batch: Batch) -> BatchStatus:
             phase=record.get("phase"),
             tokens_per_second=progress.get("tokens_per_second"),
             eta_seconds=progress.get("eta_seconds"),
+            note=progress.get("note"),
             run=owner,
         )
     if queue.is_queued(store, batch.key):

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from resources.chunk_store.generation import Generation
 from resources.chunk_store.schema import CHUNK
 
-RANGE_BYTES = 32 * 1024 * 1024
+RANGE_BYTES = 8 * 1024 * 1024
 _MAX_RANGES = 512
-_MAX_RANGE_LINES = 50_000
+_MAX_RANGE_LINES = 16_384
 
 
 def ranges_of_lines(generations: list[Generation], last_line: int) -> int:

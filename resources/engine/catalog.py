@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from resources.batch_format.options import UniqueKeyLoader
 from resources.errors import CatalogError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,119}$"
@@ -142,10 +143,10 @@ def load_catalog(path: Path) -> Catalog:
         CatalogError: the file is missing or not YAML, a key is unknown, a value does not fit, a name stands twice.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except FileNotFoundError:
         raise CatalogError(f"No model catalog at {path}. Set VLLM_BATCH_MODELS_FILE or write one.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise CatalogError(f"{path} is not readable as YAML: {error}") from None
     if not isinstance(document, dict) or set(document) != {"models"} or not isinstance(document["models"], dict):
         raise CatalogError(f"{path} must hold exactly one key, `models`, with a mapping of name to model.")
@@ -155,6 +156,8 @@ def load_catalog(path: Path) -> Catalog:
 def _entry(path: Path, name: object, fields: object) -> ModelEntry:
     if not isinstance(fields, dict):
         raise CatalogError(f"{path}: model `{name}` must be a mapping, not {type(fields).__name__}.")
+    if not all(isinstance(key, str) for key in fields):
+        raise CatalogError(f"{path}: model `{name}`: keys must be text.")
     if "name" in fields:
         raise CatalogError(f"{path}: model `{name}`: unknown key `name` (the key above it is the name).")
     source = fields.get("source")

@@ -230,11 +230,7 @@ def _wait(store: BatchStore, batch: Batch) -> BatchStatus:
         while True:
             found = status_of(store, batch)
             if found.state == "running" and found.lines:
-                bar(
-                    pipeline.Progress(
-                        found.phase or "", found.done or 0, found.lines, found.failed or 0, found.tokens_per_second or 0
-                    )
-                )
+                bar(_progress(found))
             elif found.state == "completed" and not queue.is_queued(store, batch.key):
                 return found
             elif found.state in ("failed", "interrupted") and batch.run_record().get("started_at") != before:
@@ -242,6 +238,17 @@ def _wait(store: BatchStore, batch: Batch) -> BatchStatus:
                 if status_of(store, batch).state == found.state:
                     return found
             time.sleep(_WAIT_SECONDS)
+
+
+def _progress(found: BatchStatus) -> pipeline.Progress:
+    return pipeline.Progress(
+        found.phase or "",
+        found.done or 0,
+        found.lines or 0,
+        found.failed or 0,
+        found.tokens_per_second or 0.0,
+        note=found.note or "",
+    )
 
 
 def _say_if_stack_is_down() -> None:

@@ -1,0 +1,50 @@
+"""The world of a test: a data root of its own, and one real Dagster instance on a real PostgreSQL for all of them."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dagster import DagsterInstance
+
+from resources.postgres import EmbeddedPostgres
+from tests.helpers import ROOT, World, new_world
+
+
+@pytest.fixture(scope="session")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterInstance]:
+    """Dagster as `vllm-batch up` sets it up: the root's dagster.yaml over an embedded PostgreSQL.
+
+    Shared: a test sees the runs and partitions of others, and nothing of their files.
+    """
+    home = tmp_path_factory.mktemp("dagster-home")
+    shutil.copyfile(ROOT / "dagster.yaml", home / "dagster.yaml")
+    with tempfile.TemporaryDirectory(prefix="vb-") as runtime, pytest.MonkeyPatch.context() as environment:
+        with EmbeddedPostgres(home / "data", Path(runtime)) as server:
+            environment.setenv("DAGSTER_HOME", str(home))
+            environment.setenv("DAGSTER_POSTGRES_URL", server.url)
+            loaded = DagsterInstance.get()
+            environment.undo()
+            with loaded:
+                yield loaded
+        if server.socket_dir.exists():
+            shutil.rmtree(server.socket_dir)
+
+
+@pytest.fixture
+def world(tmp_path: Path, instance: DagsterInstance) -> Iterator[World]:
+    """An empty data root with an inbox and a catalog, and the settings that point there."""
+    with new_world(tmp_path, instance) as made:
+        yield made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_from_outside() -> Iterator[None]:
+    """What the shell of a developer sets has no say in a test."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in [*os.environ]:
+            if name.startswith("VLLM_BATCH_") or name in ("DAGSTER_HOME", "DAGSTER_POSTGRES_URL"):
+                environment.delenv(name)
+        yield

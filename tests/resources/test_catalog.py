@@ -1,0 +1,107 @@
+"""models.yaml: what is read, and what is refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from resources.engine.catalog import Catalog, EngineKind, load_catalog
+from resources.errors import CatalogError
+
+
+def loaded(folder: Path, text: str) -> Catalog:
+    (folder / "models.yaml").write_text(text)
+    return load_catalog(folder / "models.yaml")
+
+
+def test_every_field_is_read(tmp_path: Path) -> None:
+    catalog = loaded(
+        tmp_path,
+        """
+models:
+  local:
+    source: ./models/one
+    revision: main
+    engine_args: {max_model_len: 1024}
+    env: {VLLM_CPU_KVCACHE_SPACE: 2}
+    aliases: [one, org/one]
+    defaults: {temperature: 0}
+    concurrency: 8
+    startup_timeout: 60
+    allowed_media_domains: [example.com]
+  hosted: {engine: openai, base_url: "http://127.0.0.1:1/v1", api_key_env: KEY, source: their-name}
+  hub: {source: org/name}
+  nothing: {engine: "null"}
+  bare: {engine: null}
+""",
+    )
+    local = catalog.get("org/one")
+    assert (local.name, local.engine, local.concurrency) == ("local", EngineKind.VLLM, 8)
+    assert local.local_source == tmp_path / "models" / "one"
+    assert local.env == {"VLLM_CPU_KVCACHE_SPACE": "2"}
+    assert (catalog.get("hosted").served_name, local.served_name) == ("their-name", "local")
+    assert catalog.get("hub").local_source is None
+    assert catalog.get("nothing").engine is catalog.get("bare").engine is EngineKind.NULL
+    assert catalog.names == {"local", "one", "org/one", "hosted", "hub", "nothing", "bare"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: {m: {engine: 'null', sorce: x}}", "model `m`: unknown key `sorce` (did you mean `source`?)"),
+        ("models: {m: {engine: 'null', name: x}}", "model `m`: unknown key `name`"),
+        ("models: {m: {1: x}}", "model `m`: keys must be text"),
+        ("models: {m: vllm}", "model `m` must be a mapping"),
+        ("models: {m: {}}", "model `m`: engine vllm needs `source`"),
+        ("models: {m: {engine: openai}}", "model `m`: engine openai needs `base_url`"),
+        ("models: {m: {engine: 'null', revision: x}}", "are for engine vllm alone"),
+        ("models: {m: {source: x, base_url: y}}", "are for engine openai alone"),
+        ("models: {m: {engine: tgi}}", "model `m`: engine"),
+        ("models: {m: {engine: 'null', concurrency: 0}}", "model `m`: concurrency"),
+        ("models: {'../m': {engine: 'null'}}", "model `../m`: name"),
+        ("models: {a: {engine: 'null', aliases: [b]}, b: {engine: 'null'}}", "the name `b` of model `b` is taken by model `a`"),
+        ("models: {a: {engine: 'null', aliases: [x, x]}}", "the name `x`"),
+        ("models: {a: {engine: 'null'}, a: {source: x}}", "key `a` stands twice"),
+        ("models: {a: {engine: 'null', engine: openai}}", "key `engine` stands twice"),
+        ("models: []", "exactly one key, `models`"),
+        ("modles: {}", "exactly one key, `models`"),
+        ("models: {}\nother: 1", "exactly one key, `models`"),
+        ("models: [", "not readable as YAML"),
+        ("models: {m: {revision: 2026-13-45}}", "not readable as YAML"),
+        ("", "exactly one key, `models`"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(CatalogError) as caught:
+        loaded(tmp_path, text)
+    assert said in str(caught.value)
+    assert str(tmp_path / "models.yaml") in str(caught.value)
+
+
+def test_missing_file_is_named_with_the_setting_that_points_to_it(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="VLLM_BATCH_MODELS_FILE"):
+        load_catalog(tmp_path / "models.yaml")
+
+
+def test_anchors_are_fine_in_a_file_of_the_owner(tmp_path: Path) -> None:
+    text = "models:\n  a: &a {engine: 'null', concurrency: 5}\n  b: {<<: *a, aliases: [c]}\n"
+    assert loaded(tmp_path, text).get("c").concurrency == 5
+
+
+def test_unknown_model_comes_with_the_nearest_name(tmp_path: Path) -> None:
+    catalog = loaded(tmp_path, "models: {my-model: {engine: 'null'}}")
+    assert catalog.resolve("nobody") is None
+    with pytest.raises(CatalogError, match="did you mean `my-model`"):
+        catalog.get("my-modle")
+    assert "it holds: my-model" in catalog.unknown("x")
+
+
+def test_missing_model_folder_is_a_problem_and_nothing_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "config.json").write_text("{}")
+    text = "models: {a: {source: ./good}, b: {source: ./gone}, c: {source: org/hub}, d: {engine: 'null'}}"
+    assert loaded(tmp_path, text).problems() == {"b": f"no model at {tmp_path / 'gone'} (config.json is not there)"}
+
+
+def test_catalog_of_the_repository_is_valid() -> None:
+    catalog = load_catalog(Path(__file__).resolve().parents[2] / "models.yaml")
+    assert "smollm2-135m" in catalog.names

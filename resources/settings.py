@@ -86,7 +86,8 @@ def load_settings() -> Settings:
     known = {str(f.validation_alias or f"{PREFIX}{name.upper()}") for name, f in Settings.model_fields.items()}
     given = {name for name in os.environ if name.startswith(PREFIX)} | _names_in_dotenv()
     for name in sorted(given - known):
-        near = difflib.get_close_matches(name, known, n=1)
+        plain = name.removeprefix(PREFIX)
+        near = [plain] if plain in known else difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else f" Known settings: {', '.join(sorted(known))}."
         raise SettingsError(f"Unknown setting {name}.{hint}")
     try:

@@ -14,15 +14,16 @@ from tests.helpers import ROOT, World, new_world
 
 
 @pytest.fixture(scope="session")
-def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterInstance]:
+def instance() -> Iterator[DagsterInstance]:
     """Dagster as `vllm-batch up` sets it up: the root's dagster.yaml over an embedded PostgreSQL.
 
-    Shared: a test sees the runs and partitions of others, and nothing of their files.
+    Shared: a test sees the runs and partitions of others, and nothing of their files. Not below pytest's own folder,
+    which every other pytest of root closes again to the user that PostgreSQL runs as.
     """
-    home = tmp_path_factory.mktemp("dagster-home")
-    shutil.copyfile(ROOT / "dagster.yaml", home / "dagster.yaml")
-    with tempfile.TemporaryDirectory(prefix="vb-") as runtime, pytest.MonkeyPatch.context() as environment:
-        with EmbeddedPostgres(home / "data", Path(runtime)) as server:
+    with tempfile.TemporaryDirectory(prefix="vb-") as made, pytest.MonkeyPatch.context() as environment:
+        home = Path(made)
+        shutil.copyfile(ROOT / "dagster.yaml", home / "dagster.yaml")
+        with EmbeddedPostgres(home / "data", home / "runtime") as server:
             environment.setenv("DAGSTER_HOME", str(home))
             environment.setenv("DAGSTER_POSTGRES_URL", server.url)
             loaded = DagsterInstance.get()

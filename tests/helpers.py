@@ -27,7 +27,7 @@ from resources.batch_store.batch import Batch
 from resources.batch_store.inbox import Inbox
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog, EngineKind, ModelEntry, load_catalog
-from resources.engine.factory import RunningEngine
+from resources.engine.factory import EngineStarter, RunningEngine
 from resources.engine.protocol import EngineRequest, EngineResponse
 from resources.settings import Settings, load_settings, settings
 
@@ -106,6 +106,10 @@ class World:
     def inbox(self) -> Inbox:
         """As a sensor's tick opens it: what it knows is what the index file holds."""
         return Inbox(self.settings.inbox_dir, self.settings.data_root / "inbox-index.json")
+
+    def chats(self, count: int, text: str = "hello", **body: Any) -> str:
+        """Good lines that no other test has, so that their batch is this test's alone in the shared instance."""
+        return chats(count, f"{text} ({self.root})", **body)
 
     def add_model(self, name: str, **entry: Any) -> None:
         models = yaml.safe_load(self.settings.models_file.read_text())
@@ -334,7 +338,7 @@ def catalog_of(*names: str, **fields: Any) -> Catalog:
     return Catalog([ModelEntry(name=name, **entry) for name in names or ("dry-run",)])
 
 
-# --- Processes ---------------------------------------------------------------------------------------------------------
+# --- Processes --------------------------------------------------------------------------------------------------------
 
 
 def python(*arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dagster import AssetSelection, Config, Failure, JobDefinition, OpExecutionContext, define_asset_job, job, op
+from dagster import AssetKey, AssetSelection, Config, Failure, JobDefinition, OpExecutionContext, define_asset_job, job, op
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from pydantic import Field
 
@@ -12,7 +12,8 @@ from resources.errors import BatchError, InputRefused
 from resources.pipeline import Mode
 from resources.settings import settings
 
-BATCH_ASSETS = AssetSelection.assets("batch_requests", "batch_results", "batch_output")
+BATCH_ASSET_KEYS = [AssetKey("batch_requests"), AssetKey("batch_results"), AssetKey("batch_output")]
+BATCH_ASSETS = AssetSelection.assets(*BATCH_ASSET_KEYS)
 
 
 def mode_config(mode: str) -> dict[str, object]:
@@ -59,7 +60,7 @@ def register(context: OpExecutionContext, config: RegisterConfig, store: BatchSt
             registration = store.store().register(path.parent.resolve() / path.name)
             queue.enqueue(store.store(), registration.batch.key)
             context.log.info(f"{path.name} is {registration.batch.key}; its run is queued.")
-        except BatchError as error:
+        except (BatchError, OSError, ValueError) as error:  # the last two: no path that a system knows
             refused.append(str(error))
             context.log.error(str(error))  # noqa: TRY400 (the message says it all)
     if refused:

@@ -5,7 +5,7 @@ thin around them.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from dagster import AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus, RunRequest, RunsFilter
@@ -19,7 +19,7 @@ from resources.batch_store.inbox import Inbox
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog
 from resources.errors import BatchError
-from vllm_batch_pipelines.jobs import mode_config
+from vllm_batch_pipelines.jobs import BATCH_ASSET_KEYS, mode_config, process_batch, retry_failed_rows
 from vllm_batch_pipelines.stack import INTERRUPTED_TAG
 
 PARTITION_TAG = "dagster/partition"
@@ -54,8 +54,16 @@ class ToStart:
 
 
 def runs_of(instance: DagsterInstance, key: str, statuses: list[DagsterRunStatus] | None = None) -> list[DagsterRun]:
-    """Runs of a partition, latest first."""
-    return list(instance.get_runs(RunsFilter(tags={PARTITION_TAG: key}, statuses=statuses or None)))
+    """Runs that work on a batch, latest first."""
+    found = instance.get_runs(RunsFilter(tags={PARTITION_TAG: key}, statuses=statuses or None))
+    return [run for run in found if _works_on_a_batch(run)]
+
+
+def _works_on_a_batch(run: DagsterRun) -> bool:
+    """Whether a run answers a batch, and so holds its lock, and is not one of an asset that only reads its outputs."""
+    if run.asset_selection:
+        return not run.asset_selection.isdisjoint(BATCH_ASSET_KEYS)
+    return run.job_name in (process_batch.name, retry_failed_rows.name)
 
 
 def take_from_inbox(
@@ -118,7 +126,9 @@ def run_request(batch: Batch, mode: str, run_key: str | None) -> RunRequest:
     return RunRequest(run_key=run_key, job_name=job, partition_key=batch.key, run_config=mode_config(mode), tags=tags)
 
 
-def sweep(instance: DagsterInstance, store: BatchStore, catalog: Catalog) -> ToStart:
+def sweep(
+    instance: DagsterInstance, store: BatchStore, catalog: Catalog, pause: Callable[[float], None] = time.sleep
+) -> ToStart:
     """Start what is missing or failed, and what a dead process left; adopt what `vllm-batch run` finished.
 
     Left alone: a batch whose last run was cancelled, one that cannot complete, one that is worked on, and one that
@@ -128,7 +138,7 @@ def sweep(instance: DagsterInstance, store: BatchStore, catalog: Catalog) -> ToS
     known = set(instance.get_dynamic_partitions(str(BATCH_FILES.name)))
     done = instance.get_materialized_partitions(AssetKey("batch_output"))
     going_on = _going_on(instance)
-    _end_dead_runs(instance, store, going_on, found)
+    _end_dead_runs(instance, store, going_on, found, pause)
     for batch in store:
         if len(found.runs) >= MOST_A_TICK:
             found.notes.append("more batches wait for the next sweep")
@@ -196,20 +206,24 @@ def _going_on(instance: DagsterInstance) -> dict[str, list[DagsterRun]]:
     runs: dict[str, list[DagsterRun]] = {}
     for run in instance.get_runs(RunsFilter(statuses=_GOING_ON)):
         key = run.tags.get(PARTITION_TAG)
-        if key is not None:
+        if key is not None and _works_on_a_batch(run):
             runs.setdefault(key, []).append(run)
     return runs
 
 
 def _end_dead_runs(
-    instance: DagsterInstance, store: BatchStore, going_on: dict[str, list[DagsterRun]], found: ToStart
+    instance: DagsterInstance,
+    store: BatchStore,
+    going_on: dict[str, list[DagsterRun]],
+    found: ToStart,
+    pause: Callable[[float], None],
 ) -> None:
     """Report as failed the runs whose process is gone. A live run holds its batch's lock from its first asset on; the
     two looks, some seconds apart, are for one that has just begun or is just ending."""
     suspects = _runs_without_lock(store, [run for runs in going_on.values() for run in runs])
     if not suspects:
         return
-    time.sleep(_DEAD_LOOK_SECONDS)
+    pause(_DEAD_LOOK_SECONDS)
     fresh = [run for suspect in suspects if (run := instance.get_run_by_id(suspect.run_id)) is not None]
     for run in _runs_without_lock(store, fresh):
         key = run.tags[PARTITION_TAG]

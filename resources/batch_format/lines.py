@@ -79,6 +79,9 @@ def iter_lines(
         raise BatchFailed(
             "unreadable_input", f"The input cannot be read past line {number}: {error}. Is the file whole?"
         ) from None
+    finally:
+        if isinstance(reader, io.BufferedReader):
+            reader.detach()  # or it closes the caller's stream when it goes
 
 
 def _decompressed(stream: BinaryIO, suffix: str) -> io.BufferedIOBase:
@@ -93,8 +96,9 @@ class _ZstdFrames(io.RawIOBase):
     """All frames of a zstd file. Unlike zstandard's own reader it tells a frame that is cut short from an end."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self._stream = io.BufferedReader(cast(io.RawIOBase, stream), 128 * 1024)
+        self._stream = stream
         self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._packed = memoryview(b"")
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
@@ -102,18 +106,19 @@ class _ZstdFrames(io.RawIOBase):
 
     def readinto(self, target: bytearray | memoryview) -> int:  # type: ignore[override]
         while not self._ready:
-            packed = self._pending() or self._stream.read(_ZSTD_PIECE)
-            if not packed:
+            if not self._packed:
+                self._packed = memoryview(self._stream.read(_BLOCK))
+            if not self._packed:
                 if self._frame is not None and not self._frame.eof:
                     raise EOFError("the zstd frame ends early")
                 return 0
             if self._frame is None or self._frame.eof:
                 self._frame = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW).decompressobj()
-            self._ready = memoryview(self._frame.decompress(packed))
+            piece = self._packed[:_ZSTD_PIECE]
+            self._ready = memoryview(self._frame.decompress(piece))
+            taken = len(piece) - len(self._frame.unused_data if self._frame.eof else b"")
+            self._packed = self._packed[taken:]
         count = min(len(self._ready), len(target))
         target[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
-
-    def _pending(self) -> bytes:
-        return self._frame.unused_data if self._frame is not None and self._frame.eof else b""

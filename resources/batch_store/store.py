@@ -71,12 +71,13 @@ class BatchStore:
         try:
             if limit is not None:
                 suffix = ".jsonl"
+            name = os.fsencode(source.name).decode("utf-8", "replace")
             copied = _snapshot(source, folder / f"input{suffix}", limit)
             identity = identity_of(copied.sha256, checked, engine)
             spec = BatchSpec(
-                key=key_of(source.name, input_suffix(source) or "", identity),
+                key=key_of(name, input_suffix(source) or "", identity),
                 identity=identity,
-                source_name=source.name,
+                source_name=name,
                 suffix=suffix,
                 sha256=copied.sha256,
                 size=copied.size,

@@ -58,7 +58,7 @@ models:
         ("models: {m: {engine: tgi}}", "model `m`: engine"),
         ("models: {m: {engine: 'null', concurrency: 0}}", "model `m`: concurrency"),
         ("models: {'../m': {engine: 'null'}}", "model `../m`: name"),
-        ("models: {a: {engine: 'null', aliases: [b]}, b: {engine: 'null'}}", "the name `b` of model `b` is taken by model `a`"),
+        ("models: {a: {engine: 'null', aliases: [b]}, b: {engine: 'null'}}", "`b` of model `b` is taken by model `a`"),
         ("models: {a: {engine: 'null', aliases: [x, x]}}", "the name `x`"),
         ("models: {a: {engine: 'null'}, a: {source: x}}", "key `a` stands twice"),
         ("models: {a: {engine: 'null', engine: openai}}", "key `engine` stands twice"),

@@ -5,13 +5,13 @@ import os
 import shutil
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dagster import (
     DagsterEvent,
-    DagsterEventType,
     DagsterRun,
     DagsterRunStatus,
     ExecuteInProcessResult,
@@ -20,6 +20,7 @@ from dagster import (
     SensorResult,
     build_sensor_context,
 )
+from dagster._core.events import EVENT_TYPE_TO_PIPELINE_RUN_STATUS
 from dagster._core.test_utils import create_run_for_test
 
 from resources.batch_store import queue
@@ -39,8 +40,6 @@ from vllm_batch_pipelines.starting import (
     take_from_inbox,
 )
 
-NEVER = DagsterRunStatus.NOT_STARTED
-
 
 def take(world: World) -> ToStart:
     return take_from_inbox(world.instance, world.store, world.inbox, world.catalog)
@@ -51,7 +50,8 @@ def tick(world: World, origin: str = "inbox") -> ToStart:
 
 
 def look(world: World) -> ToStart:
-    return sweep(world.instance, world.store, world.catalog)
+    """A sweep whose two looks for dead runs come right after each other."""
+    return sweep(world.instance, world.store, world.catalog, pause=lambda _: None)
 
 
 def keys(found: ToStart) -> list[str]:
@@ -66,9 +66,12 @@ def record_run(
     world: World, batch: Batch, status: DagsterRunStatus, job: str = "process_batch", **tags: str
 ) -> DagsterRun:
     """A run of a batch as the instance would hold it."""
-    return create_run_for_test(
-        world.instance, job_name=job, status=status, tags={PARTITION_TAG: batch.key, **tags}
-    )
+    run = create_run_for_test(world.instance, job_name=job, tags={PARTITION_TAG: batch.key, **tags})
+    if status is not DagsterRunStatus.NOT_STARTED:
+        event = next(kind for kind, found in EVENT_TYPE_TO_PIPELINE_RUN_STATUS.items() if found is status)
+        world.instance.report_dagster_event(DagsterEvent(event_type_value=event.value, job_name=job), run.run_id)
+        assert status_of(world, run) is status
+    return run
 
 
 def launch(world: World, found: ToStart) -> list[DagsterRun]:
@@ -94,7 +97,7 @@ def status_of(world: World, run: DagsterRun) -> DagsterRunStatus:
 
 
 def test_a_dropped_file_becomes_a_batch_with_a_start_request(world: World) -> None:
-    path = world.drop("Tickets März.jsonl", chats(2))
+    path = world.drop("Tickets März.jsonl", world.chats(2))
     assert take(world).notes == []
     (key,) = queued(world)
     assert key.startswith("tickets-marz-")
@@ -103,12 +106,12 @@ def test_a_dropped_file_becomes_a_batch_with_a_start_request(world: World) -> No
 
 
 def test_a_file_that_still_grows_is_not_taken(world: World) -> None:
-    path = world.drop("growing.jsonl", chats(1))
+    path = world.drop("growing.jsonl", world.chats(1))
     with path.open("a") as writer:
         os.utime(path, (1, 1))  # however old it looks, somebody writes it
         assert take(world).notes == []
         assert world.store.keys() == []
-        writer.write(chats(2, "more"))
+        writer.write(world.chats(2, "more"))
     os.utime(path, (1, 1))
     take(world)
     (key,) = world.store.keys()
@@ -116,7 +119,7 @@ def test_a_file_that_still_grows_is_not_taken(world: World) -> None:
 
 
 def test_a_file_written_just_now_is_taken_once_it_has_rested(world: World) -> None:
-    (world.settings.inbox_dir / "fresh.jsonl").write_text(chats(1))
+    (world.settings.inbox_dir / "fresh.jsonl").write_text(world.chats(1))
     began = time.monotonic()
     take(world)
     assert len(world.store.keys()) == 1
@@ -125,15 +128,15 @@ def test_a_file_written_just_now_is_taken_once_it_has_rested(world: World) -> No
 
 def test_what_is_no_regular_file_of_its_own_is_never_opened(world: World, tmp_path: Path) -> None:
     secret = tmp_path / "secret.jsonl"
-    secret.write_text(chats(1, "secret"))
+    secret.write_text(world.chats(1, "secret"))
     folder = world.settings.inbox_dir
     (folder / "link.jsonl").symlink_to(secret)
     (folder / "dangling.jsonl").symlink_to(tmp_path / "nothing")
     os.mkfifo(folder / "pipe.jsonl")
     (folder / "folder.jsonl").mkdir()
-    world.drop(".hidden.jsonl", chats(1))
+    world.drop(".hidden.jsonl", world.chats(1))
     world.drop("notes.txt", "no batch")
-    world.drop("good.jsonl", chats(1, "good"))
+    world.drop("good.jsonl", world.chats(1, "good"))
     found: list[ToStart] = []
     ticking = threading.Thread(target=lambda: found.append(take(world)), daemon=True)
     ticking.start()
@@ -145,7 +148,7 @@ def test_what_is_no_regular_file_of_its_own_is_never_opened(world: World, tmp_pa
 
 def test_three_hundred_files_are_all_taken_once_in_quick_ticks(world: World) -> None:
     for number in range(300):
-        world.drop(f"file-{number:03}.jsonl", chats(2, f"text {number}"))
+        world.drop(f"file-{number:03}.jsonl", world.chats(2, f"text {number}"))
     seconds, started = [], []
     for _ in range(20):
         began = time.monotonic()
@@ -164,55 +167,55 @@ def test_three_hundred_files_are_all_taken_once_in_quick_ticks(world: World) -> 
 
 def test_a_refused_file_is_told_of_once_and_again_when_it_changes(world: World) -> None:
     world.drop("a.yaml", "no_such_option: 1")
-    world.drop("a.jsonl", chats(1))
+    world.drop("a.jsonl", world.chats(1))
     (note,) = take(world).notes
     assert "no_such_option" in note
     assert take(world).notes == []
     assert queued(world) == []
     world.drop("a.yaml", "priority: 1")
-    world.drop("a.jsonl", chats(2, "changed"))
+    world.drop("a.jsonl", world.chats(2, "changed"))
     take(world)
     assert len(queued(world)) == 1
 
 
 def test_one_refused_file_does_not_stop_the_others(world: World) -> None:
     world.drop("a.yaml", "[")
-    world.drop("a.jsonl", chats(1))
-    world.drop("b.jsonl", chats(1))
+    world.drop("a.jsonl", world.chats(1))
+    world.drop("b.jsonl", world.chats(1))
     assert len(take(world).notes) == 1
     assert [key[0] for key in queued(world)] == ["b"]
 
 
 def test_the_same_file_dropped_twice_does_no_work(world: World) -> None:
-    world.drop("a.jsonl", chats(1))
+    world.drop("a.jsonl", world.chats(1))
     take(world)
     (run,) = launch(world, tick(world))
     assert tick(world).runs == []
     world.finish(world.store.get(run.tags[PARTITION_TAG]))
     world.instance.report_run_canceled(run)  # over and done with: only the batch's own state can tell
-    world.drop("a.jsonl", chats(1))
+    world.drop("a.jsonl", world.chats(1))
     take(world)
     assert len(world.store.keys()) == 1
     assert queued(world) == []
 
 
 def test_a_batch_that_is_not_complete_runs_when_its_file_is_dropped_again(world: World) -> None:
-    world.drop("a.jsonl", chats(1))
+    world.drop("a.jsonl", world.chats(1))
     take(world)
     (run,) = launch(world, tick(world))
     tick(world)
-    drop(world.settings.inbox_dir, "a.jsonl", chats(1), age_seconds=40)
+    drop(world.settings.inbox_dir, "a.jsonl", world.chats(1), age_seconds=40)
     take(world)
     assert queued(world) == []  # its run is going on
     world.instance.report_run_canceled(run)
-    drop(world.settings.inbox_dir, "a.jsonl", chats(1), age_seconds=30)
+    drop(world.settings.inbox_dir, "a.jsonl", world.chats(1), age_seconds=30)
     take(world)
     assert queued(world) == [run.tags[PARTITION_TAG]]
 
 
 def test_a_large_file_is_registered_by_a_run_of_its_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starting, "LARGE_BYTES", 1000)
-    path = world.drop("large.jsonl", chats(50))
+    path = world.drop("large.jsonl", world.chats(50))
     (request,) = take(world).runs
     assert request.job_name == "register_files"
     assert world.store.keys() == []
@@ -225,13 +228,13 @@ def test_a_large_file_is_registered_by_a_run_of_its_own(world: World, monkeypatc
 
 def test_a_large_file_is_registered_at_once_at_night(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starting, "LARGE_BYTES", 1000)
-    world.drop("large.jsonl", chats(50))
+    world.drop("large.jsonl", world.chats(50))
     take_from_inbox(world.instance, world.store, world.inbox, world.catalog, large_in_a_run=False)
     assert len(queued(world)) == 1
 
 
 def test_the_sensor_asks_for_the_partition_and_its_run_in_one_tick(world: World) -> None:
-    world.drop("a.jsonl", chats(1))
+    world.drop("a.jsonl", world.chats(1))
     result = inbox_sensor(build_sensor_context(instance=world.instance, definitions=world.definitions))
     assert isinstance(result, SensorResult)
     (key,) = world.store.keys()
@@ -242,7 +245,7 @@ def test_the_sensor_asks_for_the_partition_and_its_run_in_one_tick(world: World)
 
 
 def test_a_dry_run_and_real_answers_of_one_file_are_two_batches(world: World) -> None:
-    path = world.drop("a.jsonl", chats(1))
+    path = world.drop("a.jsonl", world.chats(1))
     dry = world.store.register(path, engine="null").batch
     take(world)
     assert len(world.store.keys()) == 2
@@ -253,7 +256,7 @@ def test_a_dry_run_and_real_answers_of_one_file_are_two_batches(world: World) ->
 
 
 def test_a_start_request_becomes_one_run_however_often_the_tick_is_repeated(world: World) -> None:
-    batch = world.register("a.jsonl", chats(1))
+    batch = world.register("a.jsonl", world.chats(1))
     queue.enqueue(world.store, batch.key)
     first, second = tick(world, "submit"), tick(world, "submit")  # the daemon died between asking and launching
     assert [request.run_key for request in first.runs] == [request.run_key for request in second.runs]
@@ -264,7 +267,7 @@ def test_a_start_request_becomes_one_run_however_often_the_tick_is_repeated(worl
 
 
 def test_each_sensor_takes_its_own_requests(world: World) -> None:
-    dropped, asked = world.register("a.jsonl", chats(1)), world.register("b.jsonl", chats(2))
+    dropped, asked = world.register("a.jsonl", world.chats(1)), world.register("b.jsonl", world.chats(2))
     queue.enqueue(world.store, dropped.key, origin="inbox")
     queue.enqueue(world.store, asked.key)
     assert keys(tick(world, "inbox")) == [dropped.key]
@@ -272,7 +275,7 @@ def test_each_sensor_takes_its_own_requests(world: World) -> None:
 
 
 def test_a_request_for_a_batch_that_was_removed_is_dropped(world: World) -> None:
-    batch = world.register("a.jsonl", chats(1))
+    batch = world.register("a.jsonl", world.chats(1))
     queue.enqueue(world.store, batch.key)
     world.store.remove(batch.key)
     assert tick(world, "submit").runs == []
@@ -280,7 +283,7 @@ def test_a_request_for_a_batch_that_was_removed_is_dropped(world: World) -> None
 
 
 def test_a_retry_checks_again_and_asks_for_failed_rows(world: World) -> None:
-    batch = world.register("a.jsonl", chats(1), priority=1)
+    batch = world.register("a.jsonl", world.chats(1), priority=1)
     queue.enqueue(world.store, batch.key, "retry_failed")
     (request,) = tick(world, "submit").runs
     assert request.job_name == "retry_failed_rows"
@@ -292,7 +295,7 @@ def test_a_retry_checks_again_and_asks_for_failed_rows(world: World) -> None:
 
 @pytest.mark.parametrize("mode", ["resume", "retry_failed", "restart"])
 def test_the_config_of_every_mode_fits_its_job(world: World, mode: str) -> None:
-    batch = world.register("a.jsonl", chats(1))
+    batch = world.register("a.jsonl", world.chats(1))
     world.finish(batch)
     request = run_request(batch, mode, "key")
     result = world.run(batch.key, request.job_name or "", dict(request.run_config))
@@ -305,12 +308,12 @@ def test_the_config_of_every_mode_fits_its_job(world: World, mode: str) -> None:
 
 
 def test_the_sweep_starts_a_registered_batch_that_never_ran(world: World) -> None:
-    batch = world.register("a.jsonl", chats(1))
+    batch = world.register("a.jsonl", world.chats(1))
     assert keys(look(world)) == [batch.key]
 
 
 def test_the_sweep_waits_for_start_requests_and_runs_in_progress(world: World) -> None:
-    waiting, going_on, starts = (world.register(f"{name}.jsonl", chats(1, name)) for name in "abc")
+    waiting, going_on, starts = (world.register(f"{name}.jsonl", world.chats(1, name)) for name in "abc")
     queue.enqueue(world.store, waiting.key)
     runs = [record_run(world, going_on, DagsterRunStatus.QUEUED), record_run(world, starts, DagsterRunStatus.STARTING)]
     found = look(world)
@@ -321,7 +324,7 @@ def test_the_sweep_waits_for_start_requests_and_runs_in_progress(world: World) -
 
 
 def test_the_sweep_takes_a_failed_batch_up_again_but_not_for_ever(world: World) -> None:
-    batch = world.register("a.jsonl", chats(1))
+    batch = world.register("a.jsonl", world.chats(1))
     for _ in range(MAX_TRIES):
         assert keys(look(world)) == [batch.key]
         record_run(world, batch, DagsterRunStatus.FAILURE)
@@ -331,14 +334,14 @@ def test_the_sweep_takes_a_failed_batch_up_again_but_not_for_ever(world: World) 
 
 
 def test_a_lock_conflict_is_not_counted_as_a_try(world: World) -> None:
-    batch = world.register("a.jsonl", chats(1))
+    batch = world.register("a.jsonl", world.chats(1))
     for _ in range(MAX_TRIES + 1):
         record_run(world, batch, DagsterRunStatus.FAILURE, **{"vllm_batch/locked": "true"})
     assert keys(look(world)) == [batch.key]
 
 
 def test_a_cancelled_batch_is_left_alone_until_somebody_asks(world: World) -> None:
-    batch = world.register("a.jsonl", chats(1))
+    batch = world.register("a.jsonl", world.chats(1))
     record_run(world, batch, DagsterRunStatus.FAILURE)
     record_run(world, batch, DagsterRunStatus.CANCELED)
     found = look(world)
@@ -349,29 +352,14 @@ def test_a_cancelled_batch_is_left_alone_until_somebody_asks(world: World) -> No
 
 
 def test_a_batch_that_the_stack_interrupted_goes_on(world: World) -> None:
-    batch = world.register("a.jsonl", chats(1))
+    batch = world.register("a.jsonl", world.chats(1))
     record_run(world, batch, DagsterRunStatus.CANCELED, **{INTERRUPTED_TAG: "stack stopped"})
     assert keys(look(world)) == [batch.key]
 
 
-def _started(world: World, batch: Batch, **tags: str) -> DagsterRun:
-    run = record_run(world, batch, NEVER, **tags)
-    world.instance.report_dagster_event(
-        DagsterEvent(event_type_value=DagsterEventType.RUN_START.value, job_name=run.job_name), run.run_id
-    )
-    assert status_of(world, run) is DagsterRunStatus.STARTED
-    return run
-
-
-@pytest.fixture
-def short_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starting, "_DEAD_LOOK_SECONDS", 0.1)
-
-
-@pytest.mark.usefixtures("short_second_look")
 def test_a_run_without_a_process_is_reported_failed_and_its_batch_taken_up(world: World) -> None:
-    dead, alive = world.register("dead.jsonl", chats(1, "dead")), world.register("alive.jsonl", chats(1, "alive"))
-    dead_run, live_run = _started(world, dead), _started(world, alive)
+    dead, alive = world.register("dead.jsonl", world.chats(1, "dead")), world.register("alive.jsonl", world.chats(1, "alive"))
+    dead_run, live_run = record_run(world, dead, DagsterRunStatus.STARTED), record_run(world, alive, DagsterRunStatus.STARTED)
     with held_by_another_process(alive, f"Dagster run {live_run.run_id[:8]}") as process:
         found = look(world)
         assert keys(found) == [dead.key]
@@ -384,50 +372,35 @@ def test_a_run_without_a_process_is_reported_failed_and_its_batch_taken_up(world
     assert status_of(world, live_run) is DagsterRunStatus.FAILURE
 
 
-@pytest.mark.usefixtures("short_second_look")
 def test_a_run_that_died_while_it_was_cancelled_counts_as_cancelled(world: World) -> None:
-    batch = world.register("a.jsonl", chats(1))
-    run = _started(world, batch)
+    batch = world.register("a.jsonl", world.chats(1))
+    run = record_run(world, batch, DagsterRunStatus.STARTED)
     world.instance.report_run_canceling(run)
     assert look(world).runs == []
     assert status_of(world, run) is DagsterRunStatus.CANCELED
 
 
-@pytest.mark.usefixtures("short_second_look")
-def test_a_run_that_begins_or_ends_between_the_two_looks_is_left_alone(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begins, ends = world.register("begins.jsonl", chats(1, "begins")), world.register("ends.jsonl", chats(1, "ends"))
-    beginning, ending = _started(world, begins), _started(world, ends)
-    with held_by_another_process(begins) as process:
-        looks: list[float] = []
+def test_a_run_that_begins_or_ends_between_the_two_looks_is_left_alone(world: World) -> None:
+    begins, ends = (world.register(f"{name}.jsonl", world.chats(1, name)) for name in ("begins", "ends"))
+    beginning, ending = (record_run(world, batch, DagsterRunStatus.STARTED) for batch in (begins, ends))
+    with ExitStack() as locks:
 
-        def between(seconds: float) -> None:
-            looks.append(seconds)
+        def between(_: float) -> None:
+            locks.enter_context(begins.lock(f"Dagster run {beginning.run_id[:8]}"))
             world.instance.report_run_canceled(ending)
 
-        real = starting._runs_without_lock
-        monkeypatch.setattr(starting.time, "sleep", between)
-        monkeypatch.setattr(
-            starting, "_runs_without_lock", lambda store, runs: real(store, runs) if looks else list(runs)
-        )
-        look(world)
-        assert looks
-        assert process.poll() is None
+        sweep(world.instance, world.store, world.catalog, pause=between)
+        assert begins.locked_by() is not None
     assert status_of(world, beginning) is DagsterRunStatus.STARTED
     assert status_of(world, ending) is DagsterRunStatus.CANCELED
     world.instance.report_run_canceled(beginning)
 
 
-@pytest.mark.usefixtures("short_second_look")
 def test_runs_of_other_assets_on_the_partition_need_no_lock(world: World) -> None:
     """A delivery of a batch does not work on the batch: its run is not dead because the batch is free."""
-    batch = world.register("a.jsonl", chats(1))
-    run = _started(world, batch)
-    other = record_run(world, batch, NEVER, job="deliveries")
-    world.instance.report_dagster_event(
-        DagsterEvent(event_type_value=DagsterEventType.RUN_START.value, job_name="deliveries"), other.run_id
-    )
+    batch = world.register("a.jsonl", world.chats(1))
+    run = record_run(world, batch, DagsterRunStatus.STARTED)
+    other = record_run(world, batch, DagsterRunStatus.STARTED, job="deliveries")
     assert keys(look(world)) == [batch.key]
     assert status_of(world, run) is DagsterRunStatus.FAILURE
     assert status_of(world, other) is DagsterRunStatus.STARTED
@@ -437,7 +410,11 @@ def test_runs_of_other_assets_on_the_partition_need_no_lock(world: World) -> Non
 
 @pytest.mark.parametrize(
     ("content", "options", "code"),
-    [("", {}, "empty_file"), ("{}\n", {}, "no_valid_request"), (chats(1) + "{", {"on_invalid": "reject"}, "invalid_requests")],
+    [
+        ("", {}, "empty_file"),
+        ("{}\n", {}, "no_valid_request"),
+        (chats(1) + "{", {"on_invalid": "reject"}, "invalid_requests"),
+    ],
 )
 def test_what_cannot_complete_is_not_tried_again(
     world: World, content: str, options: dict[str, Any], code: str
@@ -452,7 +429,7 @@ def test_what_cannot_complete_is_not_tried_again(
 
 def test_a_batch_that_the_lean_core_finished_is_adopted_without_asking_again(world: World) -> None:
     path = world.root / "a.jsonl"
-    path.write_text(chats(3))
+    path.write_text(world.chats(3))
     batch = world.store.register(path).batch
     world.finish(batch)
     published = (batch.output_dir / "output.jsonl").stat()
@@ -468,7 +445,7 @@ def test_a_batch_that_the_lean_core_finished_is_adopted_without_asking_again(wor
 
 def test_a_batch_that_the_lean_core_began_is_left_to_whoever_began_it(world: World) -> None:
     path = world.root / "a.jsonl"
-    path.write_text(chats(3))
+    path.write_text(world.chats(3))
     begun = world.store.register(path).batch
     assert look(world).runs == []
     world.finish(begun)
@@ -479,7 +456,7 @@ def test_a_batch_that_the_lean_core_began_is_left_to_whoever_began_it(world: Wor
 
 
 def test_a_batch_whose_outputs_were_lost_is_published_again(world: World) -> None:
-    batch = world.register("a.jsonl", chats(3))
+    batch = world.register("a.jsonl", world.chats(3))
     assert world.run(batch.key).success
     assert look(world).runs == []
     shutil.rmtree(batch.outputs_dir)
@@ -489,7 +466,7 @@ def test_a_batch_whose_outputs_were_lost_is_published_again(world: World) -> Non
 
 
 def test_one_damaged_batch_does_not_stop_the_sweep(world: World) -> None:
-    damaged, good = world.register("a.jsonl", chats(1, "damaged")), world.register("b.jsonl", chats(1, "good"))
+    damaged, good = world.register("a.jsonl", world.chats(1, "damaged")), world.register("b.jsonl", world.chats(1, "good"))
     (damaged.root / "batch.json").write_text("{ torn")
     assert good.key in keys(look(world))
 
@@ -498,7 +475,7 @@ def test_hundreds_of_done_batches_take_the_sweep_no_time(world: World) -> None:
     done = []
     for number in range(300):
         path = world.root / "one.jsonl"
-        path.write_text(chats(1, f"text {number}"))
+        path.write_text(world.chats(1, f"text {number}"))
         batch = world.store.register(path).batch
         world.finish(batch)
         done.append(batch.key)
@@ -547,10 +524,10 @@ def test_register_files_takes_paths_in_the_inbox_and_in_the_input_roots(
     monkeypatch.setenv("VLLM_BATCH_INPUT_ROOTS", ":".join(map(str, roots)))
     settings.cache_clear()
     given = ["a.jsonl"]
-    world.drop("a.jsonl", chats(1, "a"))
+    world.drop("a.jsonl", world.chats(1, "a"))
     for root, name in zip(roots, "bc", strict=True):
         (root / "deep").mkdir(parents=True)
-        (root / "deep" / f"{name}.jsonl").write_text(chats(1, name))
+        (root / "deep" / f"{name}.jsonl").write_text(world.chats(1, name))
         given.append(str(root / "deep" / f"{name}.jsonl"))
     assert register_these(world, paths=given).success
     assert [key[0] for key in queued(world)] == ["a", "b", "c"]
@@ -559,7 +536,7 @@ def test_register_files_takes_paths_in_the_inbox_and_in_the_input_roots(
 
 def test_register_files_takes_a_pattern(world: World) -> None:
     for name in ("tickets-1.jsonl", "tickets-2.jsonl", "other.jsonl"):
-        world.drop(name, chats(1, name))
+        world.drop(name, world.chats(1, name))
     assert register_these(world, glob="tickets-*.jsonl").success
     assert [key[:9] for key in queued(world)] == ["tickets-1", "tickets-2"]
 
@@ -571,11 +548,11 @@ def test_register_files_says_when_nothing_is_named(world: World) -> None:
 
 def test_register_files_reads_nothing_outside_of_its_roots(world: World, tmp_path: Path) -> None:
     outside = tmp_path / "secret.jsonl"
-    outside.write_text(chats(1, "secret"))
+    outside.write_text(world.chats(1, "secret"))
     folder = world.settings.inbox_dir
     (folder / "link.jsonl").symlink_to(outside)
     (folder / "way-out").symlink_to(tmp_path)
-    world.drop("good.jsonl", chats(1, "good"))
+    world.drop("good.jsonl", world.chats(1, "good"))
     tries = [str(outside), "../../secret.jsonl", "link.jsonl", "way-out/secret.jsonl", "no-such.jsonl", "a\0.jsonl"]
     message = refusal(register_these(world, paths=[*tries, "good.jsonl"]))
     assert f"{len(tries)} of {len(tries) + 1} files refused" in message
@@ -585,15 +562,15 @@ def test_register_files_reads_nothing_outside_of_its_roots(world: World, tmp_pat
 
 @pytest.mark.parametrize("pattern", ["../*.jsonl", "/**/*.jsonl", "way-out/*.jsonl", "**", "[", "\0"])
 def test_a_pattern_does_not_lead_out_of_the_inbox(world: World, tmp_path: Path, pattern: str) -> None:
-    (world.settings.data_root / "secret.jsonl").write_text(chats(1, "secret"))
-    (tmp_path / "secret.jsonl").write_text(chats(1, "secret"))
+    (world.settings.data_root / "secret.jsonl").write_text(world.chats(1, "secret"))
+    (tmp_path / "secret.jsonl").write_text(world.chats(1, "secret"))
     (world.settings.inbox_dir / "way-out").symlink_to(tmp_path)
     assert refusal(register_these(world, glob=pattern))
     assert world.store.keys() == []
 
 
 def test_run_requests_carry_what_dagster_needs(world: World) -> None:
-    batch = world.register("a.jsonl", chats(1))
+    batch = world.register("a.jsonl", world.chats(1))
     request = run_request(batch, "resume", None)
     assert isinstance(request, RunRequest)
     assert (request.job_name, request.partition_key, request.run_config) == ("process_batch", batch.key, {})

@@ -1,4 +1,4 @@
-"""Writes that are there whole or not at all, after a power cut too: temporary name, fsync, rename, fsync of the folder."""
+"""Writes that are there whole or not at all, after a power cut too: temporary name, fsync, rename, sync the folder."""
 
 import os
 import secrets

@@ -29,7 +29,7 @@ from resources.engine.catalog import Catalog, EngineKind, ModelEntry
 from resources.engine.dispatcher import Counts, Dispatcher, DispatchOptions, Pending
 from resources.engine.factory import EngineStarter
 from resources.engine.transform import body_transform
-from resources.errors import BatchError, BatchFailed, BatchStopped, CheckpointError, InputRefused
+from resources.errors import BatchError, BatchFailed, BatchStopped, CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -235,14 +235,9 @@ def write_to(
 def model_entry(batch: Batch, catalog: Catalog, model: str) -> ModelEntry:
     """The catalog entry that answers a batch's lines for a model: the null engine where the batch is a dry run."""
     entry = catalog.get(model)
-    if batch.spec.engine is None or batch.spec.engine == entry.engine:
+    if batch.spec.engine is None:
         return entry
-    if batch.spec.engine == EngineKind.NULL:
-        return ModelEntry(name=entry.name, engine=EngineKind.NULL, concurrency=entry.concurrency)
-    raise InputRefused(
-        f"{batch.key} was registered for engine {batch.spec.engine}, "
-        f"but the catalog has model {model} on {entry.engine}."
-    )
+    return ModelEntry(name=entry.name, engine=EngineKind(batch.spec.engine), concurrency=entry.concurrency)
 
 
 def newest_generations(batch: Batch, catalog: Catalog) -> dict[str, dict[str, Any]]:

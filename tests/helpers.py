@@ -34,6 +34,7 @@ from resources.settings import Settings, load_settings, settings
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 PARTITIONS = "batch_files"
+CHAT = "/v1/chat/completions"
 
 
 def wait_until(condition: Callable[[], T], seconds: float = 10.0) -> T:

@@ -2,7 +2,17 @@
 
 from pathlib import Path
 
-from dagster import AssetKey, AssetSelection, Config, Failure, JobDefinition, OpExecutionContext, define_asset_job, job, op
+from dagster import (
+    AssetKey,
+    AssetSelection,
+    Config,
+    Failure,
+    JobDefinition,
+    OpExecutionContext,
+    define_asset_job,
+    job,
+    op,
+)
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from pydantic import Field
 
@@ -48,8 +58,11 @@ class RegisterConfig(Config):
 def register(context: OpExecutionContext, config: RegisterConfig, store: BatchStoreResource) -> None:
     inbox = settings().inbox_dir
     allowed = [inbox, *(root.expanduser().resolve() for root in settings().input_roots)]
-    matched = inbox.glob(config.glob) if config.glob else []
-    given: list[Path] = [inbox / path for path in (*config.paths, *sorted(matched))]
+    try:
+        matched: list[Path] = sorted(inbox.glob(config.glob)) if config.glob else []
+    except (ValueError, NotImplementedError) as error:  # an absolute one, or none at all
+        raise Failure(description=f"`glob` {config.glob!r} is not a pattern in {inbox}: {error}") from None
+    given = [inbox / path for path in config.paths] + matched
     if not given:
         raise Failure(description=f"No file named: set `paths` or a `glob` that matches something in {inbox}.")
     refused = []

@@ -18,7 +18,7 @@ from resources.batch_store.batch import Batch
 from resources.batch_store.inbox import Inbox
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog
-from resources.errors import BatchError
+from resources.errors import BatchError, BatchNotFound
 from vllm_batch_pipelines.jobs import BATCH_ASSET_KEYS, mode_config, process_batch, retry_failed_rows
 from vllm_batch_pipelines.stack import INTERRUPTED_TAG
 
@@ -132,21 +132,31 @@ def sweep(
     """Start what is missing or failed, and what a dead process left; adopt what `vllm-batch run` finished.
 
     Left alone: a batch whose last run was cancelled, one that cannot complete, one that is worked on, and one that
-    failed MAX_TRIES times in a row.
+    failed MAX_TRIES times in a row. What is published stays so when the catalog changes: asking anew is for people.
     """
     found = ToStart()
     known = set(instance.get_dynamic_partitions(str(BATCH_FILES.name)))
     done = instance.get_materialized_partitions(AssetKey("batch_output"))
     going_on = _going_on(instance)
     _end_dead_runs(instance, store, going_on, found, pause)
-    for batch in store:
+    for key in store.keys():  # noqa: SIM118 (a store, not a dict)
         if len(found.runs) >= MOST_A_TICK:
             found.notes.append("more batches wait for the next sweep")
             break
-        complete = _is_complete(batch, catalog)
-        if batch.key in known and batch.key in done and complete:
+        try:
+            batch = store.get(key)
+        except BatchNotFound:
             continue
-        if batch.key not in known and not complete:
+        except (BatchError, ValueError) as error:
+            found.notes.append(f"{key}: cannot be read: {error}")
+            continue
+        published = batch.is_published()
+        if published and batch.key in done:
+            continue
+        if published and not _is_complete(batch, catalog):
+            found.notes.append(f"{batch.key}: published under another catalog; materialize it to have it asked anew")
+            continue
+        if not published and batch.key not in known:
             continue
         reason = _reason_to_wait(instance, store, batch, going_on)
         if reason:

@@ -5,6 +5,7 @@ import json
 import re
 import unicodedata
 from datetime import datetime
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,7 +19,7 @@ class BatchSpec(BaseModel):
     """`identity` is the full hash behind the key: the input's bytes and the options that change answers.
 
     `lines` counts line ends of a plain file; None for a compressed one until it is checked.
-    `engine` is set for a dry run, which is a batch of its own and so never meets real answers.
+    `engine` is "null" for a dry run, which is a batch of its own and so never meets real answers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,7 +32,7 @@ class BatchSpec(BaseModel):
     sha256: str
     size: int
     lines: int | None
-    engine: str | None = None
+    engine: Literal["null"] | None = None
     options: BatchOptions
     registered_at: datetime
 

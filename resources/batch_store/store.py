@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from resources import durable
 from resources.batch_format.lines import MAX_LINE_BYTES, input_suffix, iter_lines, open_regular
@@ -51,7 +51,7 @@ class BatchStore:
         source: Path,
         options: dict[str, Any] | None = None,
         *,
-        engine: str | None = None,
+        engine: Literal["null"] | None = None,
         limit: int | None = None,
     ) -> Registration:
         """Snapshot a file and give it a key. Options given here stand over those of its sidecar.

@@ -137,7 +137,7 @@ class Dispatcher:
         finally:
             if not finished.is_set():
                 stop.set()
-            thread.join()
+            _join(thread)
             sys.setswitchinterval(switch_before)
         if isinstance(outcome[0], BaseException):
             raise outcome[0]
@@ -365,6 +365,18 @@ def _next_chunk(rows: list[ChunkRow], most: int) -> list[ChunkRow]:
         if size > MAX_CHUNK_BYTES and count:
             return rows[:count]
     return rows[:most]
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait for the last commit, through further interrupts: after us the batch's lock is let go."""
+    interrupt: BaseException | None = None
+    while thread.is_alive():
+        try:
+            thread.join()
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _bounded(ask: Ask, seconds: float | None) -> Ask:

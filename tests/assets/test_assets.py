@@ -31,7 +31,17 @@ from assets.partitions import BATCH_FILES
 from assets.reporting import LOCKED_TAG, PROGRESS_SECONDS, PROGRESS_TAG, progress_reporter
 from resources.batch_store.batch import Batch
 from resources.pipeline import Progress
-from tests.helpers import Answer, AnsweringServer, World, chat, chats, held_by_another_process, ids, new_world, read_jsonl
+from tests.helpers import (
+    Answer,
+    AnsweringServer,
+    World,
+    chat,
+    chats,
+    held_by_another_process,
+    ids,
+    new_world,
+    read_jsonl,
+)
 
 LONG_ANSWER = "word " * 400
 
@@ -210,7 +220,11 @@ def test_the_retry_job_asks_the_failed_lines_again_and_makes_a_new_revision(mixe
     [
         ("", {}, "holds no request"),
         ("{}\n", {}, "None of the 1 lines is valid: line 1: missing_required_parameter"),
-        (chat("good", model="never") + "{\n", {"on_invalid": "reject"}, "1 of 2 lines are invalid: line 2: invalid_json"),
+        (
+            chat("good", model="never") + "{\n",
+            {"on_invalid": "reject"},
+            "1 of 2 lines are invalid: line 2: invalid_json",
+        ),
     ],
     ids=["empty", "no valid line", "rejected"],
 )

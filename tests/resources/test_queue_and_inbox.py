@@ -14,7 +14,7 @@ from resources.batch_store import queue
 from resources.batch_store.inbox import Inbox
 from resources.batch_store.store import BatchStore
 from resources.errors import BatchNotFound
-from tests.helpers import chats, drop, wait_until
+from tests.helpers import chats, drop
 
 
 @pytest.fixture
@@ -131,8 +131,10 @@ def test_growing_file_is_taken_when_its_writer_is_done_and_not_before(inbox: Inb
         assert writer.stdout.readline() == b"written\n"
         os.utime(path, (time.time() - 60,) * 2)  # old by its time, but open
         assert names(inbox) == ["whole.jsonl"]
-    assert wait_until(lambda: names(inbox)) == ["growing.jsonl", "whole.jsonl"]
-    assert next(inbox.settled()).size == len(chats(1))
+    assert {dropped.path.name: dropped.size for dropped in inbox.settled()} == {
+        "growing.jsonl": len(chats(1)),
+        "whole.jsonl": 1,
+    }
 
 
 def test_file_that_was_just_written_is_waited_for(inbox: Inbox) -> None:

@@ -5,16 +5,16 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from resources import durable, pipeline
 from resources.batch_format.options import options_from_text
 from resources.batch_store.batch import Batch
-from resources.engine.catalog import EngineKind
+from resources.engine.catalog import Catalog, EngineKind
 from resources.engine.factory import EngineStarter
 from resources.errors import InputRefused
 from resources.pipeline import Mode
@@ -61,7 +61,7 @@ def run(
         options = options_from_text(option or [])
         if model is not None:
             options["model"] = model
-        dry_run = str(engine) if engine is not None else None
+        dry_run: Literal["null"] | None = "null" if engine is EngineKind.NULL else None
         registration = common.open_store().register(file, options, engine=dry_run, limit=limit)
         batch = registration.batch
         if registration.note:
@@ -71,6 +71,7 @@ def run(
         stop = threading.Event()
         with batch.lock("vllm-batch run"), common.progress_bar() as progress:
             checked = pipeline.check(batch, catalog, recheck=mode is not Mode.RESUME, stop=stop, progress=progress)
+            _expect_engine(engine, catalog, checked.models)
             report = pipeline.answer(batch, catalog, starter, mode=mode, stop=stop, progress=progress)
             published = pipeline.publish(batch, stop=stop, progress=progress)
         copies = _copy(batch, {"output.jsonl": output, "errors.jsonl": errors})
@@ -100,6 +101,14 @@ def run(
         else:
             _tell(document)
     raise typer.Exit(Exit.WITH_ERRORS if published.failed else Exit.OK)
+
+
+def _expect_engine(engine: EngineKind | None, catalog: Catalog, models: Iterable[str]) -> None:
+    for entry in map(catalog.get, models):
+        if engine not in (None, EngineKind.NULL, entry.engine):
+            raise InputRefused(
+                f"--engine {engine}: model `{entry.name}` is on engine {entry.engine} in {catalog.origin}."
+            )
 
 
 def _tell(document: dict[str, Any]) -> None:

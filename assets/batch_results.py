@@ -7,9 +7,9 @@ from assets.batch_requests import batch_requests
 from assets.partitions import BATCH_FILES, GROUP, OWNERS
 from assets.reporting import failures_for_people, progress_reporter, table
 from resources import pipeline
+from resources.answering import Mode
 from resources.batch_store.resource import BatchStoreResource
 from resources.engine.resource import EngineResource
-from resources.pipeline import Mode
 
 
 class ResultsConfig(Config):

@@ -17,7 +17,7 @@ from dagster import (
 )
 
 from resources.errors import BatchError, BatchLocked
-from resources.pipeline import Progress
+from resources.progress import Progress
 
 PROGRESS_SECONDS = 15
 PROGRESS_TAG = "vllm_batch/progress"

@@ -6,88 +6,28 @@ is done already is found and left alone. The caller holds the batch's lock; each
 """
 
 import json
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from resources import durable
-from resources.batch_format.lines import MAX_LINE_BYTES, iter_lines, open_regular
-from resources.batch_format.requests import Code, Rejected, check_line
+from resources.answering import Answering, Mode, ModelReport
+from resources.batch_format.lines import open_regular
+from resources.batch_format.requests import Code
 from resources.batch_store.batch import Batch
+from resources.batch_store.checking import check_stream
 from resources.batch_store.outputs import OutputSummary, write_outputs
-from resources.batch_store.requests import RequestsSummary, RequestsWriter, request_parts, sync_parts, valid_rows
-from resources.chunk_store.generation import Committed, Generation
-from resources.chunk_store.writer import ChunkWriter
+from resources.batch_store.requests import RequestsSummary, request_parts, sync_parts
+from resources.chunk_store.generation import Generation
 from resources.engine.catalog import Catalog, EngineKind, ModelEntry
-from resources.engine.dispatcher import Counts, Dispatcher, DispatchOptions, Pending
 from resources.engine.factory import EngineStarter
-from resources.engine.transform import body_transform
 from resources.errors import BatchError, BatchFailed, BatchStopped, CheckpointError
-
-log = logging.getLogger(__name__)
-
-_LINES_BETWEEN_LOOKS = 4096
-
-
-class Mode(StrEnum):
-    """resume: ask what has no row. retry_failed: that, and what failed. restart: everything, anew."""
-
-    RESUME = "resume"
-    RETRY_FAILED = "retry_failed"
-    RESTART = "restart"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a phase is. Rates are over this run; tokens are completion tokens."""
-
-    phase: str
-    done: int
-    total: int
-    failed: int = 0
-    tokens_per_second: float = 0.0
-    rows_per_second: float = 0.0
-    note: str = ""
-
-    @property
-    def eta_seconds(self) -> float | None:
-        return (self.total - self.done) / self.rows_per_second if self.rows_per_second > 0 else None
-
-
-ProgressCallback = Callable[[Progress], None]
-
-
-def _silent(_: Progress) -> None:
-    pass
-
-
-@dataclass
-class ModelReport:
-    """What happened to one model's lines in a call of `answer`. `asked` counts lines that were sent in this call."""
-
-    model: str
-    engine: str
-    generation: str
-    total: int
-    asked: int = 0
-    failed: int = 0
-    truncated: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    seconds: float = 0.0
-    load_seconds: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.completion_tokens / self.seconds if self.seconds > 0 else 0.0
+from resources.progress import Progress, ProgressCallback, silent
 
 
 @dataclass
@@ -106,7 +46,7 @@ def check(
     *,
     recheck: bool = False,
     stop: threading.Event | None = None,
-    progress: ProgressCallback = _silent,
+    progress: ProgressCallback = silent,
 ) -> RequestsSummary:
     """Check every line of the snapshot, without a model, and publish `requests/`.
 
@@ -140,7 +80,7 @@ def answer(
     *,
     mode: Mode = Mode.RESUME,
     stop: threading.Event | None = None,
-    progress: ProgressCallback = _silent,
+    progress: ProgressCallback = silent,
 ) -> AnswerReport:
     """Have every valid line answered and committed, model by model. An engine is started only where lines are left.
 
@@ -168,7 +108,7 @@ def answer(
         finished_before = 0
         for model, total in summary.models.items():
             entry = model_entry(batch, catalog, model)
-            answering = _Answering(batch, entry, summary, total, engines, stop)
+            answering = Answering(batch, entry, summary, total, engines, stop)
             model_report, committed, complete = answering.run(mode, tell, finished_before)
             report.models.append(model_report)
             report.expired |= not complete
@@ -180,9 +120,7 @@ def answer(
         return report
 
 
-def publish(
-    batch: Batch, *, stop: threading.Event | None = None, progress: ProgressCallback = _silent
-) -> OutputSummary:
+def publish(batch: Batch, *, stop: threading.Event | None = None, progress: ProgressCallback = silent) -> OutputSummary:
     """Write the outputs of the current results and give them their name in one step. Done already: nothing happens."""
     with _recorded(batch, "publish", progress) as tell:
         current = batch.current()
@@ -258,136 +196,6 @@ def is_complete(batch: Batch, catalog: Catalog) -> bool:
     return meant == {model: entry["generation"] for model, entry in batch.current().items()}
 
 
-class _Answering:
-    """One model's share of a batch."""
-
-    def __init__(
-        self,
-        batch: Batch,
-        entry: ModelEntry,
-        summary: RequestsSummary,
-        total: int,
-        engines: EngineStarter,
-        stop: threading.Event,
-    ) -> None:
-        self._batch, self._entry, self._summary, self._total = batch, entry, summary, total
-        self._engines, self._stop = engines, stop
-        self._generation = Generation.of(batch.results_dir, entry)
-
-    def run(self, mode: Mode, tell: ProgressCallback, finished_before: int) -> tuple[ModelReport, Committed, bool]:
-        """The report, what is committed now, and whether every line has a row (False: the deadline passed)."""
-        generation, entry = self._generation, self._entry
-        if mode is Mode.RESTART and generation.folder.exists():
-            generation.folder.rename(durable.temporary_beside(self._batch.root / "restarted"))
-            durable.remove_temporaries(self._batch.root)
-        generation.remove_superseded()
-        state = generation.committed(self._summary.last_line)
-        report = ModelReport(entry.name, str(entry.engine), generation.name, self._total)
-        wanted = (state.attempts == 0) | state.failed if mode is Mode.RETRY_FAILED else state.attempts == 0
-        left = self._total - state.done + (state.failures if mode is Mode.RETRY_FAILED else 0)
-        deadline = self._batch.spec.options.deadline_at(self._batch.spec.registered_at)
-        if left == 0 or (deadline is not None and datetime.now(UTC) >= deadline):
-            return report, state, left == 0
-        generation.start(entry)
-        complete = self._dispatch(state, wanted, report, deadline, tell, finished_before)
-        state = generation.committed(self._summary.last_line)
-        if self._stop.is_set() and not complete:
-            raise BatchStopped(f"{self._batch.key}: stopped with {state.done} of {self._total} lines answered.")
-        if complete and state.done != self._total:
-            raise CheckpointError(f"{self._batch.key}: {state.done} of {self._total} lines have a row; this is a bug.")
-        return report, state, complete
-
-    def _dispatch(
-        self,
-        state: Committed,
-        wanted: Any,
-        report: ModelReport,
-        deadline: datetime | None,
-        tell: ProgressCallback,
-        finished_before: int,
-    ) -> bool:
-        options, entry = self._batch.spec.options, self._entry
-        transform = body_transform(options, entry)
-        writer = ChunkWriter(self._generation, state, options.chunk_rows)
-        done, failed_before = state.done, state.failures
-        total = sum(self._summary.models.values())
-        attempts = state.attempts
-
-        def requests() -> Iterator[Pending]:
-            for line, url, body in valid_rows(self._batch.requests_dir, entry.name, lambda lines: wanted[lines]):
-                yield Pending(line, url, transform(body), int(attempts[line]))
-
-        def waiting(note: str) -> None:
-            tell(Progress("answer", finished_before + done, total, failed_before, note=note))
-
-        with self._engines.start(entry, self._stop, waiting) as engine:
-            report.load_seconds = engine.load_seconds
-            dispatcher = Dispatcher(
-                engine.connect,
-                writer.commit,
-                DispatchOptions(
-                    concurrency=entry.concurrency,
-                    chunk_rows=options.chunk_rows,
-                    flush_seconds=options.flush_seconds,
-                    max_attempts=options.max_attempts,
-                    request_timeout=None if engine.in_process else options.request_timeout,
-                    deadline=deadline,
-                ),
-                request_id_prefix=self._batch.spec.identity[:12],
-                died=engine.died,
-            )
-            started = time.monotonic()
-
-            def tick(counts: Counts) -> None:
-                seconds = max(time.monotonic() - started, 1e-6)
-                tell(
-                    Progress(
-                        "answer",
-                        min(finished_before + done + counts.finished, total),
-                        total,
-                        failed_before + counts.failed,
-                        counts.completion_tokens / seconds,
-                        counts.finished / seconds,
-                    )
-                )
-
-            try:
-                return dispatcher.run(requests(), self._stop, tick)
-            finally:
-                report.seconds = time.monotonic() - started
-                counts = dispatcher.counts
-                report.asked, report.failed = counts.finished, counts.failed
-                report.truncated, report.retries = counts.truncated, counts.retries
-                report.prompt_tokens, report.completion_tokens = counts.prompt_tokens, counts.completion_tokens
-                writer.finish()
-
-
-def check_stream(
-    stream: BinaryIO,
-    suffix: str,
-    model: str | None,
-    catalog: Catalog,
-    folder: Path,
-    *,
-    total: int = 0,
-    stop: threading.Event | None = None,
-    progress: ProgressCallback = _silent,
-) -> RequestsSummary:
-    """Check the lines of an input and write them into `folder` as Parquet. `model` stands for that of every line."""
-    writer = RequestsWriter(folder)
-    summary = RequestsSummary(names=sorted(catalog.names))
-    started = time.monotonic()
-    for count, (number, raw) in enumerate(iter_lines(stream, suffix)):
-        writer.add(_request_row(number, raw, model, catalog))
-        summary.last_line = number
-        if count % _LINES_BETWEEN_LOOKS == 0:
-            if stop is not None and stop.is_set():
-                raise BatchStopped("Stopped while the lines were checked; the next run checks them anew.")
-            rate = count / max(time.monotonic() - started, 1e-6)
-            progress(Progress("check", number, max(total, number), rows_per_second=rate))
-    return writer.finish(summary)
-
-
 def _check_snapshot(batch: Batch, catalog: Catalog, stop: threading.Event, tell: ProgressCallback) -> RequestsSummary:
     if not batch.input_path.exists():
         raise BatchError(_pruned(batch))
@@ -402,25 +210,6 @@ def _check_snapshot(batch: Batch, catalog: Catalog, stop: threading.Event, tell:
     durable.write_file(folder / "summary.json", json.dumps(summary.as_dict(), indent=1).encode())
     durable.publish_folder(folder, batch.requests_dir)
     return summary
-
-
-def _request_row(number: int, raw: bytes | None, override: str | None, catalog: Catalog) -> Any:
-    if raw is None:
-        message = f"the line is over {MAX_LINE_BYTES} bytes"
-        return (number, None, None, None, None, str(Code.LINE_TOO_LONG), message, None)
-    try:
-        request = check_line(raw)
-    except Rejected as bad:
-        return (number, bad.custom_id, None, None, None, str(bad.code), bad.message, bad.param)
-    asked = override or request.model
-    if asked is None:
-        code, message = str(Code.MISSING), "`body.model` is missing, and the batch has no option `model`"
-        return (number, request.custom_id, request.url, None, None, code, message, "body.model")
-    model = catalog.resolve(asked)
-    if model is None:
-        code, message = str(Code.MODEL_NOT_FOUND), catalog.unknown(asked)
-        return (number, request.custom_id, request.url, asked[:200], None, code, message, "body.model")
-    return (number, request.custom_id, request.url, model, request.body, None, None, None)
 
 
 def _catalog_now_knows_more(summary: RequestsSummary, catalog: Catalog) -> bool:

@@ -16,10 +16,10 @@ from dagster import (
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from pydantic import Field
 
+from resources.answering import Mode
 from resources.batch_store import queue
 from resources.batch_store.resource import BatchStoreResource
 from resources.errors import BatchError, InputRefused
-from resources.pipeline import Mode
 from resources.settings import settings
 
 BATCH_ASSET_KEYS = [AssetKey("batch_requests"), AssetKey("batch_results"), AssetKey("batch_output")]

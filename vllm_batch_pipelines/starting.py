@@ -13,6 +13,7 @@ from dagster import AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus, Run
 from assets.partitions import BATCH_FILES
 from assets.reporting import LOCKED_TAG
 from resources import pipeline
+from resources.answering import Mode
 from resources.batch_store import queue
 from resources.batch_store.batch import Batch
 from resources.batch_store.inbox import Inbox
@@ -122,7 +123,7 @@ def run_request(batch: Batch, mode: str, run_key: str | None) -> RunRequest:
     tags = {MODE_TAG: mode}
     if batch.spec.options.priority:
         tags[PRIORITY_TAG] = str(batch.spec.options.priority)
-    job = "process_batch" if mode == pipeline.Mode.RESUME else "retry_failed_rows"
+    job = "process_batch" if mode == Mode.RESUME else "retry_failed_rows"
     return RunRequest(run_key=run_key, job_name=job, partition_key=batch.key, run_config=mode_config(mode), tags=tags)
 
 

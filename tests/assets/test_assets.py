@@ -30,7 +30,7 @@ from dagster import (
 from assets.partitions import BATCH_FILES
 from assets.reporting import LOCKED_TAG, PROGRESS_SECONDS, PROGRESS_TAG, progress_reporter
 from resources.batch_store.batch import Batch
-from resources.pipeline import Progress
+from resources.progress import Progress
 from tests.helpers import (
     Answer,
     AnsweringServer,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from resources.batch_format.lines import open_regular
 from resources.batch_format.requests import ENDPOINTS, MAX_NESTING, Code, Rejected, Request, _check_slowly, check_line
-from resources.pipeline import check_stream
+from resources.batch_store.checking import check_stream
 from tests.helpers import catalog_of, chat
 
 CHAT = "/v1/chat/completions"

@@ -19,9 +19,11 @@ from resources.batch_format.lines import input_suffix, open_regular
 from resources.batch_format.options import load_sidecar, options_from_text, parse_options
 from resources.batch_store import queue
 from resources.batch_store.batch import Batch
+from resources.batch_store.checking import check_stream
 from resources.batch_store.status import BatchStatus, status_of
 from resources.batch_store.store import BatchStore
 from resources.errors import BatchError, CheckpointError, InputRefused
+from resources.progress import Progress
 from resources.settings import settings
 from vllm_batch_pipelines import stack
 from vllm_batch_pipelines.cli import common
@@ -199,9 +201,7 @@ def validate(
             open_regular(file) as stream,
             common.progress_bar() as bar,
         ):
-            summary = pipeline.check_stream(
-                stream, suffix, options.model, common.open_catalog(), Path(scratch), progress=bar
-            )
+            summary = check_stream(stream, suffix, options.model, common.open_catalog(), Path(scratch), progress=bar)
         if as_json:
             common.print_json(summary.as_dict())
         else:
@@ -240,8 +240,8 @@ def _wait(store: BatchStore, batch: Batch) -> BatchStatus:
             time.sleep(_WAIT_SECONDS)
 
 
-def _progress(found: BatchStatus) -> pipeline.Progress:
-    return pipeline.Progress(
+def _progress(found: BatchStatus) -> Progress:
+    return Progress(
         found.phase or "",
         found.done or 0,
         found.lines or 0,

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog, load_catalog
 from resources.errors import BatchError, BatchStopped, EngineDown
-from resources.pipeline import Progress as BatchProgress
+from resources.progress import Progress as BatchProgress
 from resources.settings import settings
 
 stderr = Console(stderr=True, highlight=False)

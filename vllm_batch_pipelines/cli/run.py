@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from resources import durable, pipeline
+from resources.answering import Mode
 from resources.batch_format.options import options_from_text
 from resources.batch_store.batch import Batch
 from resources.engine.catalog import Catalog, EngineKind
 from resources.engine.factory import EngineStarter
 from resources.errors import InputRefused
-from resources.pipeline import Mode
 from resources.settings import settings
 from vllm_batch_pipelines.cli import common
 from vllm_batch_pipelines.cli.common import Exit

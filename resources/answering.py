@@ -1,0 +1,155 @@
+"""One model's share of a batch: what is left to ask, asked, committed."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from resources import durable
+from resources.batch_store.batch import Batch
+from resources.batch_store.requests import RequestsSummary, valid_rows
+from resources.chunk_store.generation import Committed, Generation
+from resources.chunk_store.writer import ChunkWriter
+from resources.engine.catalog import ModelEntry
+from resources.engine.dispatcher import Counts, Dispatcher, DispatchOptions, Pending
+from resources.engine.factory import EngineStarter
+from resources.engine.transform import body_transform
+from resources.errors import BatchStopped, CheckpointError
+from resources.progress import Progress, ProgressCallback
+
+
+class Mode(StrEnum):
+    """resume: ask what has no row. retry_failed: that, and what failed. restart: everything, anew."""
+
+    RESUME = "resume"
+    RETRY_FAILED = "retry_failed"
+    RESTART = "restart"
+
+
+@dataclass
+class ModelReport:
+    """What happened to one model's lines in a call of `answer`. `asked` counts lines that were sent in this call."""
+
+    model: str
+    engine: str
+    generation: str
+    total: int
+    asked: int = 0
+    failed: int = 0
+    truncated: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    load_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.completion_tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+class Answering:
+    """One model's share of a batch."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        entry: ModelEntry,
+        summary: RequestsSummary,
+        total: int,
+        engines: EngineStarter,
+        stop: threading.Event,
+    ) -> None:
+        self._batch, self._entry, self._summary, self._total = batch, entry, summary, total
+        self._engines, self._stop = engines, stop
+        self._generation = Generation.of(batch.results_dir, entry)
+
+    def run(self, mode: Mode, tell: ProgressCallback, finished_before: int) -> tuple[ModelReport, Committed, bool]:
+        """The report, what is committed now, and whether every line has a row (False: the deadline passed)."""
+        generation, entry = self._generation, self._entry
+        if mode is Mode.RESTART and generation.folder.exists():
+            generation.folder.rename(durable.temporary_beside(self._batch.root / "restarted"))
+            durable.remove_temporaries(self._batch.root)
+        generation.remove_superseded()
+        state = generation.committed(self._summary.last_line)
+        report = ModelReport(entry.name, str(entry.engine), generation.name, self._total)
+        wanted = (state.attempts == 0) | state.failed if mode is Mode.RETRY_FAILED else state.attempts == 0
+        left = self._total - state.done + (state.failures if mode is Mode.RETRY_FAILED else 0)
+        deadline = self._batch.spec.options.deadline_at(self._batch.spec.registered_at)
+        if left == 0 or (deadline is not None and datetime.now(UTC) >= deadline):
+            return report, state, left == 0
+        generation.start(entry)
+        complete = self._dispatch(state, wanted, report, deadline, tell, finished_before)
+        state = generation.committed(self._summary.last_line)
+        if self._stop.is_set() and not complete:
+            raise BatchStopped(f"{self._batch.key}: stopped with {state.done} of {self._total} lines answered.")
+        if complete and state.done != self._total:
+            raise CheckpointError(f"{self._batch.key}: {state.done} of {self._total} lines have a row; this is a bug.")
+        return report, state, complete
+
+    def _dispatch(
+        self,
+        state: Committed,
+        wanted: Any,
+        report: ModelReport,
+        deadline: datetime | None,
+        tell: ProgressCallback,
+        finished_before: int,
+    ) -> bool:
+        options, entry = self._batch.spec.options, self._entry
+        transform = body_transform(options, entry)
+        writer = ChunkWriter(self._generation, state, options.chunk_rows)
+        done, failed_before = state.done, state.failures
+        total = sum(self._summary.models.values())
+        attempts = state.attempts
+
+        def requests() -> Iterator[Pending]:
+            for line, url, body in valid_rows(self._batch.requests_dir, entry.name, lambda lines: wanted[lines]):
+                yield Pending(line, url, transform(body), int(attempts[line]))
+
+        def waiting(note: str) -> None:
+            tell(Progress("answer", finished_before + done, total, failed_before, note=note))
+
+        with self._engines.start(entry, self._stop, waiting) as engine:
+            report.load_seconds = engine.load_seconds
+            dispatcher = Dispatcher(
+                engine.connect,
+                writer.commit,
+                DispatchOptions(
+                    concurrency=entry.concurrency,
+                    chunk_rows=options.chunk_rows,
+                    flush_seconds=options.flush_seconds,
+                    max_attempts=options.max_attempts,
+                    request_timeout=None if engine.in_process else options.request_timeout,
+                    deadline=deadline,
+                ),
+                request_id_prefix=self._batch.spec.identity[:12],
+                died=engine.died,
+            )
+            started = time.monotonic()
+
+            def tick(counts: Counts) -> None:
+                seconds = max(time.monotonic() - started, 1e-6)
+                tell(
+                    Progress(
+                        "answer",
+                        min(finished_before + done + counts.finished, total),
+                        total,
+                        failed_before + counts.failed,
+                        counts.completion_tokens / seconds,
+                        counts.finished / seconds,
+                    )
+                )
+
+            try:
+                return dispatcher.run(requests(), self._stop, tick)
+            finally:
+                report.seconds = time.monotonic() - started
+                counts = dispatcher.counts
+                report.asked, report.failed = counts.finished, counts.failed
+                report.truncated, report.retries = counts.truncated, counts.retries
+                report.prompt_tokens, report.completion_tokens = counts.prompt_tokens, counts.completion_tokens
+                writer.finish()

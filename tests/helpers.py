@@ -202,18 +202,18 @@ class Answer:
 
 @dataclass
 class AnsweringServer:
-    """A real HTTP server that answers chat requests; slowly, or not before `gate` is open, where a test needs time.
+    """A real HTTP server that answers chat requests. Those that `hold` names wait until `gate` is open.
 
-    `asked` holds the text of every request in the order of arrival. `answer` decides on each.
+    `asked` has the text of every request in the order of arrival, `answered` of those whose answer went out.
     """
 
     answer: Callable[[str], Answer] = lambda _: Answer()
-    delay_seconds: float = 0.0
+    hold: Callable[[str], bool] = lambda _: False
     asked: list[str] = field(default_factory=list)
+    answered: list[str] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.gate.set()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -223,9 +223,10 @@ class AnsweringServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 text = body["messages"][-1]["content"]
                 server.asked.append(text)
-                time.sleep(server.delay_seconds)  # the slowness itself; no test waits by it
-                server.gate.wait(120)
+                if server.hold(text):
+                    server.gate.wait(120)
                 self._reply(server.answer(text))
+                server.answered.append(text)
 
             def _reply(self, answer: Answer) -> None:
                 choice = {

@@ -34,7 +34,10 @@ def writer_lock(path: Path, owner: str) -> Iterator[None]:
         content = {"owner": owner, "pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(content).encode(), 0)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # now, and not when a child that is between fork and exec lets it go
     finally:
         os.close(handle)
 

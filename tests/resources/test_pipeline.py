@@ -3,7 +3,6 @@
 import asyncio
 import gzip
 import json
-import os
 import threading
 from collections import Counter
 from pathlib import Path
@@ -443,7 +442,7 @@ def test_older_outputs_are_removed_and_the_link_always_points_to_whole_ones(tmp_
     for _ in range(3):
         world.run(mode=Mode.RESTART)
     assert len(list(world.batch.outputs_dir.iterdir())) == 1
-    assert not Path(os.readlink(world.batch.output_dir)).is_absolute()
+    assert not world.batch.output_dir.readlink().is_absolute()
     assert verify_outputs(world.batch) == []
 
 

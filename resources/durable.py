@@ -3,7 +3,10 @@
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 TEMPORARY = ".tmp-"
 
@@ -13,19 +16,29 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name[:40]}")
 
 
-def write_file(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Replace a file's content in one step. `durable=False` leaves out fsync, for what is only shown to people."""
-    temporary = temporary_beside(path)
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A stream whose content takes the file's name in one step when the context ends well, and never otherwise.
+
+    `durable` syncs the file, so that the name never stands for less than its content. The folder's sync, which makes
+    the name itself durable, is the caller's.
+    """
+    temporary = temporary_beside(path.absolute())
     try:
         with temporary.open("wb") as stream:
-            stream.write(content)
+            yield stream
             if durable:
                 stream.flush()
                 os.fsync(stream.fileno())
         temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_file(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace a file's content in one step. `durable=False` leaves out all syncs, for what is only shown to people."""
+    with replacing(path, durable=durable) as stream:
+        stream.write(content)
     if durable:
         sync_folder(path.parent)
 

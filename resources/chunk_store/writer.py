@@ -1,7 +1,6 @@
 """Commits chunks. All of it runs in one thread; the caller holds the batch's lock."""
 
 import json
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -75,22 +74,14 @@ class ChunkWriter:
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write a file under a temporary name, sync it and rename it. The folder's sync is the caller's."""
-    temporary = durable.temporary_beside(path)
-    try:
-        with temporary.open("wb") as stream:
-            pq.write_table(
-                table,
-                stream,
-                compression="zstd",
-                compression_level=1,
-                use_dictionary=[name for name in _DICTIONARY_COLUMNS if name in table.column_names],
-            )
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with durable.replacing(path) as stream:
+        pq.write_table(
+            table,
+            stream,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[name for name in _DICTIONARY_COLUMNS if name in table.column_names],
+        )
 
 
 def _uncompressed(chunk: pq.ParquetFile) -> list[int]:

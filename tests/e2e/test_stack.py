@@ -395,7 +395,7 @@ def test_a_batch_goes_on_after_everything_was_killed_at_once(stack: Stack) -> No
     batch, _ = stack.begin_held_batch("power-cut")
     assert any("postgres" in command for command in stack.processes().values())
     stack.kill_everything()
-    assert batch.locked_by() is None
+    wait_until(lambda: batch.locked_by() is None)
     stack.server.gate.set()
     stack.up()
     stack.finished(batch, SWEEP_SECONDS)
@@ -415,7 +415,12 @@ def test_ctrl_c_ends_every_process_and_the_next_start_goes_on(stack: Stack) -> N
     assert committed_rows(batch) == ANSWERED_FIRST
     stack.server.gate.set()
     stack.up()
-    stack.finished(batch, SWEEP_SECONDS)
+    try: stack.finished(batch, SWEEP_SECONDS)
+    except AssertionError:
+        for r in stack.runs(batch.key): print("DBG", r.run_id, r.status, r.tags)
+        print("DBG", batch.run_record(), batch.locked_by(), status_of(stack.store, batch), committed_rows(batch), len(stack.server.asked))
+        os.system(f"tail -50 {stack.folder}/data/logs/daemon.log; cat {stack.log}")
+        raise
     answered_once_each(stack, batch, "interrupted")
     assert [run.status for run in stack.runs(batch.key)] == [DagsterRunStatus.SUCCESS, DagsterRunStatus.CANCELED]
 

@@ -25,7 +25,6 @@ from resources.engine.protocol import EngineRequest, EngineResponse
 from resources.errors import BatchFailed, BatchStopped, EngineDown
 from resources.pipeline import Mode
 from tests.helpers import (
-    Answer,
     AnsweringServer,
     FakeEngine,
     FakeStarter,
@@ -262,16 +261,7 @@ with batch.lock("the one that is killed"):
 
 def test_killed_run_loses_nothing_and_repeats_at_most_what_was_not_committed(tmp_path: Path) -> None:
     world = World(tmp_path, "".join(chat(f"r{n}", f"r{n}") for n in range(1, 101)), chunk_rows=10, flush_seconds=0.2)
-    free = 47
-    with AnsweringServer() as server:
-        blocked = threading.Event()
-
-        def answer(_: str) -> Answer:
-            if len(server.asked) > free:
-                blocked.wait(60)
-            return Answer()
-
-        server.answer = answer
+    with AnsweringServer(hold=lambda _: len(server.asked) > 47) as server:
         entry = {"engine": "openai", "base_url": server.url, "concurrency": 4}
         (tmp_path / "models.yaml").write_text(yaml.safe_dump({"models": {"dry-run": entry}}))
         catalog = catalog_of(engine=EngineKind.OPENAI, base_url=server.url, concurrency=4)
@@ -282,7 +272,7 @@ def test_killed_run_loses_nothing_and_repeats_at_most_what_was_not_committed(tmp
         victim.communicate()
         committed = generation.committed(100).done
         before = len(server.asked)
-        blocked.set()
+        server.gate.set()
         assert world.run(catalog=catalog).succeeded == 100
         again = len(server.asked) - before
     assert again == 100 - committed

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from resources import durable, pipeline
+from resources import pipeline
 from resources.batch_format.lines import input_suffix, open_regular
 from resources.batch_format.options import load_sidecar, options_from_text, parse_options
 from resources.batch_store import queue
@@ -283,28 +283,17 @@ def _partial(batch: Batch, scratch: Path) -> Path:
 
 def _write_results(folder: Path, output: Path | None, errors: Path | None, format: Format) -> None:
     if errors is not None:
-        _replace(errors, lambda target: shutil.copyfile(folder / "errors.jsonl", target))
-    if format is Format.JSONL:
-        if output is None:
-            with (folder / "output.jsonl").open("rb") as source:
-                shutil.copyfileobj(source, sys.stdout.buffer)
-        else:
-            _replace(output, lambda target: shutil.copyfile(folder / "output.jsonl", target))
+        common.copy(folder / "errors.jsonl", errors)
+    if format is Format.JSONL and output is not None:
+        common.copy(folder / "output.jsonl", output)
+    elif format is Format.JSONL:
+        with (folder / "output.jsonl").open("rb") as source:
+            shutil.copyfileobj(source, sys.stdout.buffer)
     elif output is None:
         _write_rows(folder, sys.stdout.buffer, format)
     else:
-        _replace(output, lambda target: _write_rows(folder, target, format))
-
-
-def _replace(target: Path, write: Any) -> None:
-    if target.is_dir():
-        raise InputRefused(f"{target} is a folder; name a file.")
-    temporary = durable.temporary_beside(target.absolute())
-    try:
-        write(temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with common.replacing(output) as target:
+            _write_rows(folder, target, format)
 
 
 def _write_rows(folder: Path, target: Any, format: Format) -> None:

@@ -1,20 +1,23 @@
 """What the commands share: settings to objects, errors to exit codes, progress to the terminal."""
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from resources import durable
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog, load_catalog
-from resources.errors import BatchError, BatchStopped, EngineDown
+from resources.errors import BatchError, BatchStopped, EngineDown, InputRefused
 from resources.progress import Progress as BatchProgress
 from resources.settings import settings
 
@@ -61,6 +64,20 @@ def errors_for_people() -> Iterator[None]:
     except OSError as error:
         stderr.print(f"[red]Error:[/] {_escape(error)}")
         raise typer.Exit(Exit.UNUSABLE) from None
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """A stream that becomes the user's file in one step."""
+    if target.is_dir():
+        raise InputRefused(f"{target} is a folder; name a file.")
+    with durable.replacing(target) as stream:
+        yield stream
+
+
+def copy(source: Path, target: Path) -> None:
+    with source.open("rb") as content, replacing(target) as stream:
+        shutil.copyfileobj(content, stream)
 
 
 def _escape(text: object) -> str:

@@ -1,7 +1,6 @@
 """`vllm-batch run`: the lean core. One process, no Dagster, no database, no daemon; same store, same checkpoint."""
 
 import contextlib
-import shutil
 import signal
 import threading
 import time
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from resources import durable, pipeline
+from resources import pipeline
 from resources.answering import Mode
 from resources.batch_format.options import options_from_text
 from resources.batch_store.batch import Batch
@@ -128,20 +127,12 @@ def _codes(document: dict[str, Any]) -> str:
 
 
 def _copy(batch: Batch, targets: dict[str, Path | None]) -> dict[str, Path]:
-    """Copy published files to where the user wants them, each in one step; the paths to tell."""
+    """Copy published files to where the user wants them; the paths to tell."""
     places = {}
     for name, target in targets.items():
-        source = batch.output_dir / name
         if target is not None:
-            if target.is_dir():
-                raise InputRefused(f"{target} is a folder; name a file. The outputs are in {batch.output_dir}.")
-            temporary = durable.temporary_beside(target.absolute())
-            try:
-                shutil.copyfile(source, temporary)
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-        places[name] = target or source
+            common.copy(batch.output_dir / name, target)
+        places[name] = target or batch.output_dir / name
     return places
 
 

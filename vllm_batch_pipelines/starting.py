@@ -98,8 +98,13 @@ def take_from_inbox(
 
 
 def start_queued(instance: DagsterInstance, store: BatchStore, origin: str, found: ToStart) -> ToStart:
-    """Turn waiting start requests into run requests. One whose run exists is done and is removed."""
+    """Turn waiting start requests into run requests. One whose run exists is done and is removed.
+
+    A request for a batch that is being worked on waits for the end of that: two runs on one batch at once would only
+    make the second fail.
+    """
     known = set(instance.get_dynamic_partitions(str(BATCH_FILES.name)))
+    going_on = _going_on(instance)
     for request in queue.pending(store):
         if request.origin != origin:
             continue
@@ -112,6 +117,9 @@ def start_queued(instance: DagsterInstance, store: BatchStore, origin: str, foun
             batch = store.get(request.key)
         except BatchError:
             queue.withdraw(store, request.key, request.id)
+            continue
+        if going_on.get(request.key) or batch.locked_by() is not None:
+            found.notes.append(f"{request.key}: starts when the present run has ended")
             continue
         found.runs.append(run_request(batch, request.mode, request.id))
         if request.key not in known:

@@ -154,16 +154,18 @@ class Stack:
 
     # A batch that stands still in mid-run: its first lines are answered and committed, the others are in flight.
 
-    def begin_held_batch(self, name: str, lines: int = 30) -> tuple[Batch, Path]:
+    def held_file(self, name: str, lines: int = 30) -> Path:
         self.server.gate.clear()
         texts = [f"{name} {number}" for number in range(lines)]
         self.held |= set(texts[ANSWERED_FIRST:])
-        path = self.file(f"{name}.jsonl", "".join(chat(text, text, "held") for text in texts))
-        code, output, errors = self.call("submit", path, *OPTIONS, "--json")
+        return self.file(f"{name}.jsonl", "".join(chat(text, text, "held") for text in texts))
+
+    def begin_held_batch(self, name: str) -> Batch:
+        code, output, errors = self.call("submit", self.held_file(name), *OPTIONS, "--json")
         assert code == 0, errors
         batch = self.store.get(json.loads(output)["key"])
         self.wait_until_held(batch)
-        return batch, path
+        return batch
 
     def wait_until_held(self, batch: Batch) -> None:
         wait_until(lambda: committed_rows(batch) == ANSWERED_FIRST and batch.locked_by() is not None, 60)
@@ -346,11 +348,12 @@ def test_another_site_cannot_start_anything(stack: Stack) -> None:
 
 
 def test_a_cancelled_batch_rests_until_it_is_retried_and_a_killed_one_goes_on_by_itself(stack: Stack) -> None:
-    cancelled, path = stack.begin_held_batch("cancelled")
     terminal, shown_to = pty.openpty()
-    waiting = stack.start("submit", path, *OPTIONS, "--wait", stderr=shown_to)
+    waiting = stack.start("submit", stack.held_file("cancelled"), *OPTIONS, "--wait", stderr=shown_to)
     os.close(shown_to)
-    shown = _read_until(terminal, "10/30", 30)
+    shown = _read_until(terminal, f"{ANSWERED_FIRST}/30", 60)
+    (cancelled,) = [batch for batch in stack.store if batch.spec.source_name == "cancelled.jsonl"]
+    stack.wait_until_held(cancelled)
     code, _, errors = stack.call("cancel", cancelled.key)
     assert code == 0, errors
     assert "cancelled run" in errors
@@ -361,9 +364,8 @@ def test_a_cancelled_batch_rests_until_it_is_retried_and_a_killed_one_goes_on_by
     runs_when_cancelled = [run.status for run in stack.runs(cancelled.key)]
     assert runs_when_cancelled[-1] is DagsterRunStatus.CANCELED
 
-    killed, _ = stack.begin_held_batch("killed")
+    killed = stack.begin_held_batch("killed")
     worker = int((killed.locked_by() or {})["pid"])
-    assert worker in stack.processes()
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: killed.locked_by() is None)
     wait_until(lambda: killed.locked_by() is not None, SWEEP_SECONDS)
@@ -392,7 +394,7 @@ def _read_until(terminal: int, wanted: str, seconds: float) -> str:
 
 
 def test_a_batch_goes_on_after_everything_was_killed_at_once(stack: Stack) -> None:
-    batch, _ = stack.begin_held_batch("power-cut")
+    batch = stack.begin_held_batch("power-cut")
     assert any("postgres" in command for command in stack.processes().values())
     stack.kill_everything()
     wait_until(lambda: batch.locked_by() is None)
@@ -404,7 +406,7 @@ def test_a_batch_goes_on_after_everything_was_killed_at_once(stack: Stack) -> No
 
 
 def test_ctrl_c_ends_every_process_and_the_next_start_goes_on(stack: Stack) -> None:
-    batch, _ = stack.begin_held_batch("interrupted")
+    batch = stack.begin_held_batch("interrupted")
     assert stack.process is not None
     port = urlsplit(stack.url).port or 0
     os.killpg(stack.process.pid, signal.SIGINT)
@@ -415,10 +417,19 @@ def test_ctrl_c_ends_every_process_and_the_next_start_goes_on(stack: Stack) -> N
     assert committed_rows(batch) == ANSWERED_FIRST
     stack.server.gate.set()
     stack.up()
-    try: stack.finished(batch, SWEEP_SECONDS)
+    try:
+        stack.finished(batch, SWEEP_SECONDS)
     except AssertionError:
-        for r in stack.runs(batch.key): print("DBG", r.run_id, r.status, r.tags)
-        print("DBG", batch.run_record(), batch.locked_by(), status_of(stack.store, batch), committed_rows(batch), len(stack.server.asked))
+        for r in stack.runs(batch.key):
+            print("DBG", r.run_id, r.status, r.tags)
+        print(
+            "DBG",
+            batch.run_record(),
+            batch.locked_by(),
+            status_of(stack.store, batch),
+            committed_rows(batch),
+            len(stack.server.asked),
+        )
         os.system(f"tail -50 {stack.folder}/data/logs/daemon.log; cat {stack.log}")
         raise
     answered_once_each(stack, batch, "interrupted")

@@ -185,7 +185,7 @@ def _mutated(raw: bytes, mutations: list[tuple[float, str, bytes]]) -> bytes:
     return raw
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(document=_documents, mutations=_mutations, ascii_only=st.booleans(), compact=st.booleans())
 def test_fast_and_slow_path_mean_the_same(document: Any, mutations: Any, ascii_only: bool, compact: bool) -> None:
     text = json.dumps(document, ensure_ascii=ascii_only, separators=(",", ":") if compact else None)

@@ -269,6 +269,19 @@ def test_a_start_request_becomes_one_run_however_often_the_tick_is_repeated(worl
     assert queued(world) == []
 
 
+def test_a_request_for_a_batch_that_is_worked_on_waits_for_the_end_of_that(world: World) -> None:
+    in_a_run, alone = world.register("a.jsonl", world.chats(1)), world.register("b.jsonl", world.chats(2))
+    run = record_run(world, in_a_run, DagsterRunStatus.STARTED)
+    for batch in (in_a_run, alone):
+        queue.enqueue(world.store, batch.key, "retry_failed")
+    with held_by_another_process(alone):
+        found = tick(world, "submit")
+        assert found.runs == []
+        assert len(found.notes) == 2
+    world.instance.report_run_canceled(run)
+    assert keys(tick(world, "submit")) == sorted([in_a_run.key, alone.key])
+
+
 def test_each_sensor_takes_its_own_requests(world: World) -> None:
     dropped, asked = world.register("a.jsonl", world.chats(1)), world.register("b.jsonl", world.chats(2))
     queue.enqueue(world.store, dropped.key, origin="inbox")

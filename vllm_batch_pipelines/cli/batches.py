@@ -241,13 +241,15 @@ def _wait(store: BatchStore, batch: Batch) -> BatchStatus:
 
 
 def _progress(found: BatchStatus) -> Progress:
+    done, lines = found.done or 0, found.lines or 0
     return Progress(
         found.phase or "",
-        found.done or 0,
-        found.lines or 0,
+        done,
+        lines,
         found.failed or 0,
         found.tokens_per_second or 0.0,
-        note=found.note or "",
+        (lines - done) / found.eta_seconds if found.eta_seconds else 0.0,
+        found.note or "",
     )
 
 

@@ -190,7 +190,8 @@ def newest_generations(batch: Batch, catalog: Catalog) -> dict[str, dict[str, An
 
 def is_complete(batch: Batch, catalog: Catalog) -> bool:
     """Whether a run would find nothing to do: published, from the generations that the catalog means today."""
-    if not batch.is_published():
+    known = batch.requests_summary()
+    if known is None or not batch.is_published() or _catalog_now_knows_more(RequestsSummary(**known), catalog):
         return False
     meant = {model: entry["generation"] for model, entry in newest_generations(batch, catalog).items()}
     return meant == {model: entry["generation"] for model, entry in batch.current().items()}
@@ -225,7 +226,7 @@ def _current_entry(before: dict[str, Any] | None, report: ModelReport, rows: int
 
 
 def _pruned(batch: Batch) -> str:
-    return f"{batch.key}: its snapshot was pruned; register the file again to bring it back."
+    return f"{batch.key}: its snapshot was pruned; `vllm-batch run FILE --mode restart` brings it back."
 
 
 def _first(summary: RequestsSummary) -> str:

@@ -66,14 +66,16 @@ class _Body(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Body).decode
+_decode_any = msgspec.json.Decoder().decode
 _EMPTY = Summary()
 
 
 def summarize(body: bytes) -> Summary:
-    """The summary of a response body; empty where it has another shape."""
+    """The summary of a response body; empty where it has another shape. Raises msgspec.DecodeError: not JSON."""
     try:
         response = _decode(body)
-    except msgspec.DecodeError:
+    except msgspec.ValidationError:
+        _decode_any(body)
         return _EMPTY
     text = finish = None
     if response.choices:

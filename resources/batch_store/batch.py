@@ -18,10 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from resources import durable
 from resources.batch_store.lock import lock_owner, writer_lock
 from resources.batch_store.spec import BatchSpec
-from resources.errors import BatchNotFound
+from resources.errors import BatchNotFound, CheckpointError
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def read_spec(root: Path) -> BatchSpec:
         return BatchSpec.model_validate_json((root / "batch.json").read_bytes())
     except FileNotFoundError:
         raise BatchNotFound(f"{root.name}: no batch is registered under that key.") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{root / 'batch.json'} is damaged: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -37,9 +37,9 @@ class BatchSpec(BaseModel):
     registered_at: datetime
 
 
-def identity_of(sha256: str, options: BatchOptions, engine: str | None) -> str:
+def identity_of(sha256: str, suffix: str, options: BatchOptions, engine: str | None) -> str:
     """Full hash of what decides the answers of a batch."""
-    decisive = {"sha256": sha256, "engine": engine, **options.answer_changing()}
+    decisive = {"sha256": sha256, "suffix": suffix, "engine": engine, **options.answer_changing()}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

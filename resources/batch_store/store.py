@@ -1,6 +1,7 @@
 """The batches under the data root: registration by content, and finding them again."""
 
 import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -16,8 +17,10 @@ from resources.batch_format.lines import MAX_LINE_BYTES, input_suffix, iter_line
 from resources.batch_format.options import load_sidecar, parse_options
 from resources.batch_store.batch import Batch, read_spec
 from resources.batch_store.spec import BatchSpec, identity_of, is_key, key_of
-from resources.errors import BatchLocked, BatchNotFound, InputRefused
+from resources.errors import BatchLocked, BatchNotFound, CheckpointError, InputRefused
 from resources.filesystem import refuse_remote_filesystem
+
+log = logging.getLogger(__name__)
 
 _BLOCK = 1024 * 1024
 _STALE_SECONDS = 24 * 3600
@@ -53,8 +56,11 @@ class BatchStore:
         *,
         engine: Literal["null"] | None = None,
         limit: int | None = None,
+        restore: bool = False,
     ) -> Registration:
         """Snapshot a file and give it a key. Options given here stand over those of its sidecar.
+
+        A batch that is published and pruned stays so, since there is nothing to ask; `restore` brings its snapshot back.
 
         Raises:
             InputRefused: no input file, not regular, changed while it was read, or its key is taken by other content.
@@ -73,7 +79,7 @@ class BatchStore:
                 suffix = ".jsonl"
             name = os.fsencode(source.name).decode("utf-8", "replace")
             copied = _snapshot(source, folder / f"input{suffix}", limit)
-            identity = identity_of(copied.sha256, checked, engine)
+            identity = identity_of(copied.sha256, suffix, checked, engine)
             spec = BatchSpec(
                 key=key_of(name, input_suffix(source) or "", identity),
                 identity=identity,
@@ -86,7 +92,7 @@ class BatchStore:
                 options=checked,
                 registered_at=datetime.now(UTC),
             )
-            return self._place(folder, spec)
+            return self._place(folder, spec, restore)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -113,6 +119,8 @@ class BatchStore:
                 yield self.get(key)
             except BatchNotFound:
                 continue
+            except CheckpointError as error:
+                log.warning("%s", error)
 
     def remove(self, key: str) -> None:
         """Remove a batch with everything in it.
@@ -127,7 +135,7 @@ class BatchStore:
             durable.sync_folder(self.root)
         shutil.rmtree(trash, ignore_errors=True)
 
-    def _place(self, folder: Path, spec: BatchSpec) -> Registration:
+    def _place(self, folder: Path, spec: BatchSpec, restore: bool) -> Registration:
         target = self.root / spec.key
         durable.write_file(folder / "batch.json", spec.model_dump_json(indent=1).encode())
         if not target.exists():
@@ -145,16 +153,17 @@ class BatchStore:
                 f"{spec.source_name}: the key {spec.key} is taken by other content ({present.spec.source_name}); "
                 "rename the file and register it again."
             )
-        return self._take_over(present, folder, spec)
+        restore = present.is_pruned() and (restore or not present.is_published())
+        return self._take_over(present, folder, spec, restore)
 
-    def _take_over(self, present: Batch, folder: Path, spec: BatchSpec) -> Registration:
+    def _take_over(self, present: Batch, folder: Path, spec: BatchSpec, restore: bool) -> Registration:
         """Bring a known batch up to date with a new registration: operational options, and a snapshot pruned away."""
-        if present.spec.options == spec.options and present.input_path.exists():
+        if present.spec.options == spec.options and not restore:
             return Registration(present, created=False)
         updated = present.spec.model_copy(update={"options": spec.options})
         try:
             with present.lock("registration"):
-                if not present.input_path.exists():
+                if restore:
                     (folder / f"input{spec.suffix}").rename(present.input_path)
                 if present.final_failure() and present.spec.options != spec.options:
                     (present.root / "run.json").unlink(missing_ok=True)

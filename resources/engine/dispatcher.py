@@ -34,6 +34,7 @@ _MAX_INT8 = 127
 _COMMITS_WAITING = 2
 _ROWS_BETWEEN_YIELDS = 64
 _TICK_SECONDS = 0.25
+_LONGEST_RETRY_AFTER = 600.0
 _SWITCH_SECONDS = 0.0005
 """How long the event loop may keep the interpreter from the committing thread, which needs it for moments at a time.
 With Python's 5 ms the commits of a fast engine took half of the run's time (26k rows/s; 40k with this)."""
@@ -100,7 +101,8 @@ class Dispatcher:
         self._commit = commit
         self._options = options
         self._prefix = request_id_prefix
-        self._outage = _Outage(options, died)
+        self._reach = _Reach(options, died)
+        self._deadline = options.deadline.timestamp() if options.deadline else None
         self._rows: list[ChunkRow] = []
         self._rows_bytes = 0
         self._in_flight_bytes = 0
@@ -177,9 +179,8 @@ class Dispatcher:
         return all(worker.done() for worker in workers) and not self._expired
 
     async def _work(self, ask: Ask, source: Iterator[Pending]) -> None:
-        deadline = self._options.deadline.timestamp() if self._options.deadline else None
         for count, pending in enumerate(source, 1):
-            if deadline is not None and time.time() >= deadline:
+            if self._past_deadline():
                 self._expired = True
                 return
             size = len(pending.body)
@@ -197,24 +198,25 @@ class Dispatcher:
             self._count(row)
             self._rows.append(row)
             self._rows_bytes += row.nbytes
-            while len(self._rows) >= self._options.chunk_rows or self._rows_bytes >= MAX_CHUNK_BYTES:
-                await self._flush()
+            while self._chunk_is_full():
+                await self._flush(self._chunk_is_full)
             if count % _ROWS_BETWEEN_YIELDS == 0:
                 await asyncio.sleep(0)
 
     async def _answer(self, ask: Ask, pending: Pending) -> ChunkRow:
         """One row, whatever happens to it: retried while that may help, then with its last failure as the answer."""
-        options, sent = self._options, 0
+        options, reach, sent = self._options, self._reach, 0
         started = time.time_ns() // 1000
         while True:
             sent += 1
             attempt = pending.attempts + sent
             request = EngineRequest(pending.line, pending.url, pending.body, f"{self._prefix}-{pending.line}-{attempt}")
             wait = None
+            tried_at = time.monotonic()
             try:
                 response = await ask(request)
                 row = _answered(request, response, started, attempt)
-                self._outage.over()
+                reach.answered(request)
                 if response.status not in TRANSIENT_STATUS:
                     return row
                 wait = response.retry_after
@@ -223,14 +225,20 @@ class Dispatcher:
                 row = _unanswered(request, "request_timeout", message, started, attempt)
             except TransportFailure as failure:
                 row = _unanswered(request, "connection_error", str(failure)[:500], started, attempt)
-                if self._outage.failed(str(failure)):
+                reach.failed()
+                given_up = sent >= options.max_attempts and not failure.unreachable
+                if failure.unreachable or (given_up and not await reach.answers_others(ask, tried_at)):
                     sent -= 1
-                    wait = self._outage.pause()
-            if sent >= options.max_attempts:
+                    await reach.wait(failure)
+                    continue
+            if sent >= options.max_attempts or self._past_deadline():
                 return row
             self.counts.retries += 1
             backoff = min(options.backoff_seconds * 2 ** min(sent, 6), 30) * random.uniform(0.5, 1)
-            await asyncio.sleep(max(wait or 0, backoff))
+            await asyncio.sleep(max(min(wait or 0, _LONGEST_RETRY_AFTER), backoff))
+
+    def _past_deadline(self) -> bool:
+        return self._deadline is not None and time.time() >= self._deadline
 
     def _count(self, row: ChunkRow) -> None:
         counts = self.counts
@@ -240,15 +248,20 @@ class Dispatcher:
         counts.prompt_tokens += row.prompt_tokens or 0
         counts.completion_tokens += row.completion_tokens or 0
 
-    async def _flush(self) -> None:
-        """Hand the next rows to the committer; waits only while too many commits are waiting already."""
+    def _chunk_is_full(self) -> bool:
+        return len(self._rows) >= self._options.chunk_rows or self._rows_bytes >= MAX_CHUNK_BYTES
+
+    async def _flush(self, still_wanted: Callable[[], bool] = lambda: True) -> None:
+        """Hand the next rows to the committer; waits only while too many commits are waiting already.
+
+        `still_wanted` is asked after the wait: several workers may have come for the same rows."""
         await self._commit_slots.acquire()
-        rows = _next_chunk(self._rows, self._options.chunk_rows)
-        self._rows = self._rows[len(rows) :]
-        self._rows_bytes = sum(row.nbytes for row in self._rows) if self._rows else 0
+        rows = _next_chunk(self._rows, self._options.chunk_rows) if still_wanted() else []
         if not rows:
             self._commit_slots.release()
             return
+        self._rows = self._rows[len(rows) :]
+        self._rows_bytes = sum(row.nbytes for row in self._rows)
         commit = self._loop.run_in_executor(self._committer, self._commit, rows)
         self._commits.add(commit)
         commit.add_done_callback(lambda _: self._commit_slots.release())
@@ -268,40 +281,53 @@ class Dispatcher:
                     await self._flush()
 
 
-class _Outage:
+class _Reach:
     """Tells one request's bad luck from an engine that is out of reach.
 
-    While every try fails, no row uses up its attempts: all of them wait, longer each time, and after `outage_seconds`
-    the run fails, rather than a million rows with the same error.
+    A line without an answer gets an error row only when the engine has shown since that it answers others: by itself,
+    or asked again for something that it answered before. Otherwise nothing counts, all wait, longer each time, and
+    after `outage_seconds` the run fails, rather than a million rows with the same error.
     """
-
-    _CONSECUTIVE = 5
 
     def __init__(self, options: DispatchOptions, died: Callable[[], str | None]) -> None:
         self._limit = options.outage_seconds
         self._died = died
-        self._failures = 0
-        self._since = 0.0
+        self._probing = asyncio.Lock()
+        self._answered: EngineRequest | None = None
+        self._answered_at = 0.0
+        self._lost_at: float | None = None
 
-    def over(self) -> None:
-        self._failures = 0
+    def answered(self, request: EngineRequest) -> None:
+        self._answered, self._answered_at, self._lost_at = request, time.monotonic(), None
 
-    def failed(self, reason: str) -> bool:
-        """Note a failure; whether the engine counts as out of reach. Raises EngineDown where it is gone for good."""
+    def failed(self) -> None:
+        """Note a failure. Raises EngineDown where an engine that we own is gone."""
         gone = self._died()
         if gone:
             raise EngineDown(gone)
-        self._failures += 1
-        if self._failures == 1:
-            self._since = time.monotonic()
-        if time.monotonic() - self._since > self._limit and self._failures > self._CONSECUTIVE:
-            raise EngineDown(f"The engine has been out of reach for {self._limit:g} s ({reason}).")
-        return self._failures > self._CONSECUTIVE
+        self._lost_at = self._lost_at or time.monotonic()
 
-    def pause(self) -> float:
-        return min(2.0 ** min(self._failures - self._CONSECUTIVE, 4), max(self._limit / 4, 0.1)) * random.uniform(
-            0.5, 1
-        )
+    async def answers_others(self, ask: Ask, since: float) -> bool:
+        """Whether the engine has answered anything since then; asks it, where nothing else tells."""
+        async with self._probing:
+            if self._answered_at > since:
+                return True
+            if self._answered is None:
+                return False
+            probe = self._answered._replace(request_id=f"{self._answered.request_id}-probe")
+            try:
+                await ask(probe)
+            except (TransportFailure, TimeoutError):
+                return False
+            self.answered(self._answered)
+            return True
+
+    async def wait(self, failure: TransportFailure) -> None:
+        """Wait half as long as the engine has been away, within bounds. Raises EngineDown where that is too long."""
+        away = time.monotonic() - (self._lost_at or time.monotonic())
+        if away > self._limit:
+            raise EngineDown(f"The engine has been out of reach for {self._limit:g} s ({failure}).")
+        await asyncio.sleep(min(max(away / 2, 0.5), self._limit / 4, 16) * random.uniform(0.5, 1))
 
 
 class _ErrorDetail(msgspec.Struct):

@@ -103,7 +103,8 @@ class Endpoint:
             ) as response:
                 raw = await self._read(response)
         except (aiohttp.ClientError, OSError) as error:
-            raise TransportFailure(self._safe(f"{type(error).__name__}: {error}"[:300])) from None
+            message = self._safe(f"{type(error).__name__}: {error}"[:300])
+            raise TransportFailure(message, unreachable=isinstance(error, aiohttp.ClientConnectorError)) from None
         body = _one_line(raw)
         if response.status >= 300:
             body = self._safe(body.decode()).encode() if body else self._wrapped(raw, response)

@@ -22,7 +22,14 @@ class EngineResponse(NamedTuple):
 
 
 class TransportFailure(Exception):
-    """No whole response came back: refused, reset, cut short, or not JSON. Worth another try."""
+    """No whole response came back: refused, reset, cut short, or not JSON. Worth another try.
+
+    `unreachable` where not even a connection came about: that says nothing about the request.
+    """
+
+    def __init__(self, message: str, *, unreachable: bool = False) -> None:
+        super().__init__(message)
+        self.unreachable = unreachable
 
 
 class Engine(Protocol):

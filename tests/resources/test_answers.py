@@ -125,8 +125,6 @@ def test_summary_of_each_kind_of_answer(body: Any, summary: Summary) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b"",
-        b"garbage",
         b"[]",
         b"null",
         b'"text"',
@@ -141,3 +139,9 @@ def test_summary_of_each_kind_of_answer(body: Any, summary: Summary) -> None:
 )
 def test_odd_shape_has_an_empty_summary(body: bytes) -> None:
     assert summarize(body) == Summary()
+
+
+@pytest.mark.parametrize("body", [b"", b"garbage", b'{"choices":[]', b'{"choices":5} and more'])
+def test_what_is_not_json_has_no_summary(body: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        summarize(body)

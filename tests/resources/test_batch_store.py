@@ -228,12 +228,14 @@ def test_snapshot_is_the_batchs_own(store: BatchStore, tmp_path: Path) -> None:
     assert batch.input_path.stat().st_mode & 0o077 == 0
 
 
-def test_registering_a_pruned_batch_brings_its_snapshot_back(store: BatchStore, tmp_path: Path) -> None:
+def test_registering_a_pruned_batch_brings_its_snapshot_back_when_asked_to(store: BatchStore, tmp_path: Path) -> None:
     batch = store.register(written(tmp_path)).batch
     process(batch)
     batch.input_path.unlink()
     assert batch.is_pruned()
     assert not store.register(written(tmp_path)).created
+    assert batch.is_pruned()
+    assert not store.register(written(tmp_path), restore=True).created
     assert batch.input_path.read_text() == chats(2)
 
 

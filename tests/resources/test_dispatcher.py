@@ -283,21 +283,37 @@ def test_engine_that_stays_away_fails_the_run_and_not_its_lines() -> None:
 
 
 def test_what_was_answered_before_an_outage_is_committed() -> None:
+    answered: list[int] = []
+
     def reply(request: EngineRequest) -> EngineResponse:
-        if request.line > 25:
-            raise TransportFailure("refused")
+        if len(answered) == 25:
+            raise TransportFailure("reset")
+        answered.append(request.line)
         return ok(request)
 
     dispatch = Dispatch(FakeEngine(reply))
     with pytest.raises(EngineDown):
         dispatch.run(lines(500), concurrency=8, outage_seconds=0.2)
-    assert sorted(dispatch.rows) == list(range(1, 26))
+    assert sorted(dispatch.rows) == sorted(answered)
+    assert all(row.status_code == 200 for row in dispatch.rows.values())
+
+
+def test_lines_that_never_get_an_answer_are_no_outage_when_the_engine_answers_others() -> None:
+    def reply(request: EngineRequest) -> EngineResponse:
+        if request.line > 30:
+            raise TransportFailure("the answer is longer than 268,435,456 bytes; not read")
+        return ok(request)
+
+    dispatch = Dispatch(FakeEngine(reply))
+    assert dispatch.run(lines(60), concurrency=4, max_attempts=2, outage_seconds=0.2)
+    assert [row.status_code for _, row in sorted(dispatch.rows.items())] == [200] * 30 + [None] * 30
+    assert {row.error_code for row in dispatch.rows.values() if row.failed} == {"connection_error"}
 
 
 def test_short_outage_uses_up_no_attempts() -> None:
     def reply(request: EngineRequest) -> EngineResponse:
         if 20 <= len(dispatch.engine.asked) < 40:
-            raise TransportFailure("refused")
+            raise TransportFailure("connection refused", unreachable=True)
         return ok(request)
 
     dispatch = Dispatch(FakeEngine(reply))

@@ -6,7 +6,7 @@ import json
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import pytest
@@ -49,8 +49,8 @@ class World:
         self.store = BatchStore(folder / "data")
         self.batch = self.register(**options)
 
-    def register(self, engine: str | None = None, **options: Any) -> Batch:
-        return self.store.register(self.path, options, engine=engine).batch
+    def register(self, engine: Literal["null"] | None = None, restore: bool = False, **options: Any) -> Batch:
+        return self.store.register(self.path, options, engine=engine, restore=restore).batch
 
     def run(
         self,
@@ -414,9 +414,9 @@ def test_pruned_batch_keeps_its_outputs_and_can_be_brought_back(tmp_path: Path) 
     world.run()
     world.batch.input_path.unlink()
     assert world.run(NoEngine()).succeeded == 3
-    with pytest.raises(Exception, match="pruned; register the file again"):
+    with pytest.raises(Exception, match="pruned; `vllm-batch run FILE --mode restart`"):
         world.run(NoEngine(), mode=Mode.RESTART)
-    world.batch = world.register()
+    world.batch = world.register(restore=True)
     assert world.run(mode=Mode.RESTART).succeeded == 3
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from resources import durable
+from resources.batch_store import queue
 from resources.batch_store.batch import Batch
 from resources.errors import OptionsError
 from resources.settings import settings
@@ -35,6 +36,7 @@ def rm(key: Annotated[str, typer.Argument(help="The key of a batch.")], yes: Yes
         if not yes:
             typer.confirm(f"Remove {batch.root} with everything in it?", abort=True)
         store.remove(key)
+        queue.withdraw(store, key)
         if stack.stack_state(settings()) is not None:
             from vllm_batch_pipelines import instance
 

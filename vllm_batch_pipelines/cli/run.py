@@ -61,7 +61,9 @@ def run(
         if model is not None:
             options["model"] = model
         dry_run: Literal["null"] | None = "null" if engine is EngineKind.NULL else None
-        registration = common.open_store().register(file, options, engine=dry_run, limit=limit)
+        registration = common.open_store().register(
+            file, options, engine=dry_run, limit=limit, restore=mode is not Mode.RESUME
+        )
         batch = registration.batch
         if registration.note:
             common.stderr.print(f"[yellow]Note:[/] {registration.note}")

@@ -157,6 +157,7 @@ def new_world(root: Path, instance: DagsterInstance) -> Iterator[World]:
         environment.setenv("VLLM_BATCH_DATA", str(root / "data"))
         environment.setenv("VLLM_BATCH_MODELS_FILE", str(root / "models.yaml"))
         environment.setenv("VLLM_BATCH_RUNTIME_DIR", runtime)
+        environment.setenv("DAGSTER_POSTGRES_URL", instance.run_storage.postgres_url)  # type: ignore[attr-defined]
         settings.cache_clear()
         try:
             found = load_settings()

@@ -127,7 +127,7 @@ def start_queued(instance: DagsterInstance, store: BatchStore, origin: str, foun
     return found
 
 
-def run_request(batch: Batch, mode: str, run_key: str | None) -> RunRequest:
+def run_request(batch: Batch, mode: str, run_key: str) -> RunRequest:
     tags = {MODE_TAG: mode}
     if batch.spec.options.priority:
         tags[PRIORITY_TAG] = str(batch.spec.options.priority)
@@ -174,7 +174,8 @@ def sweep(
         if batch.key not in known:
             found.new_keys.append(batch.key)
             found.notes.append(f"{batch.key}: finished by `vllm-batch run`, adopted")
-        found.runs.append(run_request(batch, "resume", None))
+        # A schedule's run keys count within one tick alone, which may be repeated after a crash of the daemon.
+        found.runs.append(run_request(batch, "resume", run_key=batch.key))
     return found
 
 

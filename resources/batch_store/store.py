@@ -60,7 +60,7 @@ class BatchStore:
     ) -> Registration:
         """Snapshot a file and give it a key. Options given here stand over those of its sidecar.
 
-        A batch that is published and pruned stays so, since there is nothing to ask; `restore` brings its snapshot back.
+        A batch that is published and pruned stays so: there is nothing to ask. `restore` brings its snapshot back.
 
         Raises:
             InputRefused: no input file, not regular, changed while it was read, or its key is taken by other content.

@@ -18,9 +18,12 @@ from dagster import (
     ExecuteInProcessResult,
     RunRequest,
     RunsFilter,
+    ScheduleDefinition,
     SensorResult,
+    build_schedule_context,
     build_sensor_context,
 )
+from dagster._core.definitions.schedule_definition import ScheduleExecutionData
 from dagster._core.events import EVENT_TYPE_TO_PIPELINE_RUN_STATUS
 from dagster._core.test_utils import create_run_for_test
 
@@ -29,6 +32,7 @@ from resources.batch_store.batch import Batch
 from resources.errors import BatchFailed
 from tests.helpers import PARTITIONS, World, chats, drop, held_by_another_process, ids
 from vllm_batch_pipelines import starting
+from vllm_batch_pipelines.schedules import inbox_at_night, sweep_schedule
 from vllm_batch_pipelines.sensors import inbox as inbox_sensor
 from vllm_batch_pipelines.stack import INTERRUPTED_TAG
 from vllm_batch_pipelines.starting import (
@@ -54,6 +58,12 @@ def tick(world: World, origin: str = "inbox") -> ToStart:
 def look(world: World) -> ToStart:
     """A sweep whose two looks for dead runs come right after each other."""
     return sweep(world.instance, world.store, world.catalog, pause=lambda _: None)
+
+
+def evaluate(world: World, schedule: ScheduleDefinition) -> ScheduleExecutionData:
+    """A tick as the daemon has the code server evaluate it."""
+    repository = world.definitions.get_repository_def()
+    return schedule.evaluate_tick(build_schedule_context(instance=world.instance, repository_def=repository))
 
 
 def keys(found: ToStart) -> list[str]:
@@ -328,6 +338,28 @@ def test_the_sweep_starts_a_registered_batch_that_never_ran(world: World) -> Non
     assert keys(look(world)) == [batch.key]
 
 
+def test_the_schedule_starts_several_batches_in_one_tick(world: World) -> None:
+    batches = [world.register(f"{name}.jsonl", world.chats(1, name)) for name in "abc"]
+    tick_data = evaluate(world, sweep_schedule)
+    requests = tick_data.run_requests or []
+    assert sorted(str(request.partition_key) for request in requests) == sorted(batch.key for batch in batches)
+    for batch in batches:
+        world.finish(batch)
+        world.instance.report_runless_asset_event(AssetMaterialization("batch_output", partition=batch.key))
+    tick_data = evaluate(world, sweep_schedule)
+    assert (tick_data.run_requests, tick_data.skip_message) == ([], "nothing to start")
+
+
+def test_the_schedule_of_the_night_takes_what_the_inbox_holds(world: World) -> None:
+    for name in "ab":
+        world.drop(f"{name}.jsonl", world.chats(1, name))
+    tick_data = evaluate(world, inbox_at_night)
+    requested = sorted(str(request.partition_key) for request in tick_data.run_requests or [])
+    assert requested == world.store.keys()
+    assert len(requested) == 2
+    assert set(requested) <= set(world.instance.get_dynamic_partitions(PARTITIONS))
+
+
 def test_the_sweep_waits_for_start_requests_and_runs_in_progress(world: World) -> None:
     waiting, created, starts = (world.register(f"{name}.jsonl", world.chats(1, name)) for name in "abc")
     queue.enqueue(world.store, waiting.key)
@@ -595,7 +627,7 @@ def test_a_pattern_does_not_lead_out_of_the_inbox(world: World, tmp_path: Path, 
 
 def test_run_requests_carry_what_dagster_needs(world: World) -> None:
     batch = world.register("a.jsonl", world.chats(1))
-    request = run_request(batch, "resume", None)
+    request = run_request(batch, "resume", "key")
     assert isinstance(request, RunRequest)
     assert (request.job_name, request.partition_key, request.run_config) == ("process_batch", batch.key, {})
     assert json.dumps(dict(request.tags)) == '{"vllm_batch/mode": "resume"}'

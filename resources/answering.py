@@ -8,9 +8,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from resources import durable
 from resources.batch_store.batch import Batch
-from resources.batch_store.requests import RequestsSummary, valid_rows
+from resources.batch_store.requests import RequestsSummary, lines_of, valid_rows
 from resources.chunk_store.generation import Committed, Generation
 from resources.chunk_store.writer import ChunkWriter
 from resources.engine.catalog import ModelEntry
@@ -22,7 +21,8 @@ from resources.progress import Progress, ProgressCallback
 
 
 class Mode(StrEnum):
-    """resume: ask what has no row. retry_failed: that, and what failed. restart: everything, anew."""
+    """resume: ask what has no row, and go on with what was begun. retry_failed: ask what failed, too. restart: ask
+    everything anew, beside the answers that are there, which stay published until it is done."""
 
     RESUME = "resume"
     RETRY_FAILED = "retry_failed"
@@ -65,25 +65,26 @@ class Answering:
     ) -> None:
         self._batch, self._entry, self._summary, self._total = batch, entry, summary, total
         self._engines, self._stop = engines, stop
-        self._generation = Generation.of(batch.results_dir, entry)
+        self._generation = Generation.of(batch.results_dir, entry, batch.work().restarts)
 
     def run(self, mode: Mode, tell: ProgressCallback, finished_before: int) -> tuple[ModelReport, Committed, bool]:
         """The report, what is committed now, and whether every line has a row (False: the deadline passed)."""
         generation, entry = self._generation, self._entry
-        if mode is Mode.RESTART and generation.folder.exists():
-            generation.folder.rename(durable.temporary_beside(self._batch.root / "restarted"))
-            durable.remove_temporaries(self._batch.root)
         generation.remove_superseded()
+        mine = lines_of(self._batch.requests_dir, entry.name, self._summary.last_line)
         state = generation.committed(self._summary.last_line)
+        state.only(mine)
         report = ModelReport(entry.name, str(entry.engine), generation.name, self._total)
         wanted = (state.attempts == 0) | state.failed if mode is Mode.RETRY_FAILED else state.attempts == 0
-        left = self._total - state.done + (state.failures if mode is Mode.RETRY_FAILED else 0)
-        deadline = self._batch.spec.options.deadline_at(self._batch.spec.registered_at)
-        if left == 0 or (deadline is not None and datetime.now(UTC) >= deadline):
-            return report, state, left == 0
+        deadline = self._batch.deadline()
+        if not (wanted & mine).any():
+            return report, state, True
+        if deadline is not None and datetime.now(UTC) >= deadline:
+            return report, state, state.done == self._total
         generation.start(entry)
         complete = self._dispatch(state, wanted, report, deadline, tell, finished_before)
         state = generation.committed(self._summary.last_line)
+        state.only(mine)
         if self._stop.is_set() and not complete:
             raise BatchStopped(f"{self._batch.key}: stopped with {state.done} of {self._total} lines answered.")
         if complete and state.done != self._total:

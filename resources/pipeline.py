@@ -40,6 +40,9 @@ class AnswerReport:
         return sum(model.asked for model in self.models)
 
 
+_TO_PUBLISH = "publish"
+
+
 def check(
     batch: Batch,
     catalog: Catalog,
@@ -59,17 +62,12 @@ def check(
         known = batch.requests_summary()
         summary = RequestsSummary(**known) if known else None
         done_and_pruned = batch.is_pruned() and batch.is_published()
-        stale = recheck or summary is None or _catalog_now_knows_more(summary, catalog)
+        stale = recheck or summary is None or _catalog_says_otherwise(summary, catalog)
         if summary is None or ((stale or not request_parts(batch.requests_dir)) and not done_and_pruned):
+            if known is not None and batch.work().mode is None:
+                batch.set_work(batch.work().restarts, Mode.RESUME)  # other lines may be valid now
             summary = _check_snapshot(batch, catalog, stop or threading.Event(), tell)
-        if summary.lines == 0:
-            raise BatchFailed("empty_file", f"{batch.spec.source_name} holds no request.")
-        if summary.valid == 0:
-            raise BatchFailed("no_valid_request", f"None of the {summary.lines} lines is valid: {_first(summary)}")
-        if summary.rejected and batch.spec.options.on_invalid == "reject":
-            raise BatchFailed(
-                "invalid_requests", f"{summary.rejected} of {summary.lines} lines are invalid: {_first(summary)}"
-            )
+        _refuse_what_cannot_run(batch, summary)
         return summary
 
 
@@ -99,11 +97,9 @@ def answer(
             if mode is Mode.RESUME and batch.is_published():
                 return report
             raise BatchError(_pruned(batch))
+        _refuse_what_cannot_run(batch, summary)
+        mode = _begin(batch, mode)
         before = batch.current()
-        if mode is Mode.RESTART and before:
-            # What is published must never pass for the answers to come, also where this run is killed half-way.
-            before = {model: {**entry, "rows": 0} for model, entry in before.items()}
-            batch.set_current(before)
         current: dict[str, dict[str, Any]] = {}
         finished_before = 0
         for model, total in summary.models.items():
@@ -117,6 +113,8 @@ def answer(
         if current != before:
             batch.results_dir.mkdir(exist_ok=True)
             batch.set_current(current)
+        if batch.work().mode is not None:
+            batch.set_work(batch.work().restarts, _TO_PUBLISH)
         return report
 
 
@@ -125,7 +123,7 @@ def publish(batch: Batch, *, stop: threading.Event | None = None, progress: Prog
     with _recorded(batch, "publish", progress) as tell:
         current = batch.current()
         known = batch.output_summary()
-        if known is not None and batch.is_published():
+        if known is not None and batch.is_published() and batch.work().mode != _TO_PUBLISH:
             return OutputSummary(**known)
         if not current:
             raise BatchError(f"{batch.key}: it has no complete results yet; materialize batch_results first.")
@@ -136,7 +134,9 @@ def publish(batch: Batch, *, stop: threading.Event | None = None, progress: Prog
         summary = write_to(batch, temporary, current, "batch_expired", stop or threading.Event(), tell)
         durable.publish_folder(temporary, batch.outputs_dir / name)
         durable.point_link(batch.output_dir, f"{batch.outputs_dir.name}/{name}")
-        _remove_older(batch.outputs_dir, name)
+        _remove_older(batch, name)
+        if batch.work().mode == _TO_PUBLISH:
+            batch.set_work(batch.work().restarts, None)
         return summary
 
 
@@ -161,7 +161,7 @@ def write_to(
         rate = lines / max(time.monotonic() - started, 1e-6)
         progress(Progress("publish", lines, known["lines"], rows_per_second=rate))
 
-    chosen = [Generation(batch.results_dir / entry["generation"]) for entry in generations.values()]
+    chosen = {model: Generation(batch.results_dir / entry["generation"]) for model, entry in generations.items()}
     summary = write_outputs(batch, chosen, known["last_line"], folder, missing_code, step)
     if summary.lines != known["lines"]:
         raise CheckpointError(f"{batch.key}: {summary.lines} lines written of {known['lines']}; nothing is published.")
@@ -183,18 +183,54 @@ def newest_generations(batch: Batch, catalog: Catalog) -> dict[str, dict[str, An
     known = batch.requests_summary() or {"models": {}}
     found = {}
     for model in known["models"]:
-        generation = Generation.of(batch.results_dir, model_entry(batch, catalog, model))
+        generation = Generation.of(batch.results_dir, model_entry(batch, catalog, model), batch.work().restarts)
         found[model] = {"generation": generation.name, "revision": 0, "rows": 0}
     return found
+
+
+def catalog_helps(batch: Batch, catalog: Catalog) -> bool:
+    """Whether the catalog has changed so that another check may find more lines valid, or for other models."""
+    known = batch.requests_summary()
+    return known is not None and _catalog_says_otherwise(RequestsSummary(**known), catalog)
 
 
 def is_complete(batch: Batch, catalog: Catalog) -> bool:
     """Whether a run would find nothing to do: published, from the generations that the catalog means today."""
     known = batch.requests_summary()
-    if known is None or not batch.is_published() or _catalog_now_knows_more(RequestsSummary(**known), catalog):
+    if known is None or not batch.is_published() or batch.work().mode or catalog_helps(batch, catalog):
+        return False
+    deadline, output = batch.deadline(), batch.output_summary() or {}
+    if output.get("missing") and (deadline is None or datetime.now(UTC) < deadline):
         return False
     meant = {model: entry["generation"] for model, entry in newest_generations(batch, catalog).items()}
     return meant == {model: entry["generation"] for model, entry in batch.current().items()}
+
+
+def _begin(batch: Batch, mode: Mode) -> Mode:
+    """Note durably what is begun, so that a run that is killed is gone on with; the mode of this run."""
+    work = batch.work()
+    if mode is Mode.RESUME:
+        return Mode(work.mode) if work.mode in list(Mode) else mode
+    if mode is Mode.RESTART and work.mode != Mode.RESTART:
+        deadline = batch.deadline()
+        if deadline is not None and datetime.now(UTC) >= deadline:
+            raise BatchError(f"{batch.key}: its deadline has passed, so a restart would ask nothing.")
+        batch.set_work(work.restarts + 1, Mode.RESTART)
+        return mode
+    if work.mode != Mode.RESTART:
+        batch.set_work(work.restarts, mode)
+    return mode
+
+
+def _refuse_what_cannot_run(batch: Batch, summary: RequestsSummary) -> None:
+    if summary.lines == 0:
+        raise BatchFailed("empty_file", f"{batch.spec.source_name} holds no request.")
+    if summary.valid == 0:
+        raise BatchFailed("no_valid_request", f"None of the {summary.lines} lines is valid: {_first(summary)}")
+    if summary.rejected and batch.spec.options.on_invalid == "reject":
+        raise BatchFailed(
+            "invalid_requests", f"{summary.rejected} of {summary.lines} lines are invalid: {_first(summary)}"
+        )
 
 
 def _check_snapshot(batch: Batch, catalog: Catalog, stop: threading.Event, tell: ProgressCallback) -> RequestsSummary:
@@ -213,8 +249,10 @@ def _check_snapshot(batch: Batch, catalog: Catalog, stop: threading.Event, tell:
     return summary
 
 
-def _catalog_now_knows_more(summary: RequestsSummary, catalog: Catalog) -> bool:
-    return bool(summary.rejects_by_code.get(Code.MODEL_NOT_FOUND)) and summary.names != sorted(catalog.names)
+def _catalog_says_otherwise(summary: RequestsSummary, catalog: Catalog) -> bool:
+    """Whether a check would find other models now: a name that was missed is there, or one means another model."""
+    moved = any(catalog.resolve(name) not in (None, model) for name, model in summary.names.items())
+    return moved or (bool(summary.rejects_by_code.get(Code.MODEL_NOT_FOUND)) and summary.names != catalog.names)
 
 
 def _current_entry(before: dict[str, Any] | None, report: ModelReport, rows: int) -> dict[str, Any]:
@@ -234,11 +272,18 @@ def _first(summary: RequestsSummary) -> str:
     return f"line {first['line']}: {first['error_code']}, {first['error_message']}."
 
 
-def _remove_older(outputs: Path, keep: str) -> None:
-    for path in outputs.iterdir():
+def _remove_older(batch: Batch, keep: str) -> None:
+    """Remove the outputs that this revision replaces, and the generations that a restart has replaced."""
+    for path in batch.outputs_dir.iterdir():
         if path.name != keep and not path.is_symlink():
             path.rename(durable.temporary_beside(path))
-    durable.remove_temporaries(outputs)
+    durable.remove_temporaries(batch.outputs_dir)
+    for entry in batch.current().values():
+        now = batch.results_dir / entry["generation"]
+        for path in now.parent.iterdir():
+            if path != now and path.is_dir() and path.name.split("-")[0] == now.name.split("-")[0]:
+                path.rename(durable.temporary_beside(batch.root / "replaced"))
+    durable.remove_temporaries(batch.root)
 
 
 @contextmanager

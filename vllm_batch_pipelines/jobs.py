@@ -19,7 +19,7 @@ from pydantic import Field
 from resources.answering import Mode
 from resources.batch_store import queue
 from resources.batch_store.resource import BatchStoreResource
-from resources.errors import BatchError, InputRefused
+from resources.errors import InputRefused
 from resources.settings import settings
 
 BATCH_ASSET_KEYS = [AssetKey("batch_requests"), AssetKey("batch_results"), AssetKey("batch_output")]
@@ -73,7 +73,7 @@ def register(context: OpExecutionContext, config: RegisterConfig, store: BatchSt
             registration = store.store().register(path.parent.resolve() / path.name)
             queue.enqueue(store.store(), registration.batch.key)
             context.log.info(f"{path.name} is {registration.batch.key}; its run is queued.")
-        except (BatchError, OSError, ValueError) as error:  # the last two: no path that a system knows
+        except Exception as error:  # whatever one file brings about, the others are registered
             refused.append(str(error))
             context.log.error(str(error))  # noqa: TRY400 (the message says it all)
     if refused:

@@ -4,6 +4,7 @@ The functions here take a Dagster instance and the store, and return what is to 
 thin around them.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from resources import pipeline
 from resources.answering import Mode
 from resources.batch_store import queue
 from resources.batch_store.batch import Batch
-from resources.batch_store.inbox import Inbox
+from resources.batch_store.inbox import DroppedFile, Inbox
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog
 from resources.errors import BatchError, BatchNotFound
@@ -26,6 +27,8 @@ from vllm_batch_pipelines.stack import INTERRUPTED_TAG
 PARTITION_TAG = "dagster/partition"
 RUN_KEY_TAG = "dagster/run_key"
 MODE_TAG = "vllm_batch/mode"
+DROP_TAG = "vllm_batch/dropped"
+LOST_TAG = "vllm_batch/process_gone"
 PRIORITY_TAG = "dagster/priority"
 
 MOST_A_TICK = 100
@@ -34,6 +37,7 @@ LARGE_BYTES = 256 * 1024 * 1024
 """Files from here on are registered by a run, not in a sensor's tick."""
 
 MAX_TRIES = 3
+MAX_LOST = 20
 _DEAD_LOOK_SECONDS = 3
 _GOING_ON = [
     DagsterRunStatus.NOT_STARTED,
@@ -78,23 +82,40 @@ def take_from_inbox(
             found.notes.append("more files wait for the next tick")
             break
         if dropped.size >= LARGE_BYTES and large_in_a_run:
-            config = {"ops": {"register": {"config": {"paths": [str(dropped.path)]}}}}
-            found.runs.append(
-                RunRequest(run_key=f"{dropped.path.name}:{dropped.mark}", job_name="register_files", run_config=config)
-            )
-            inbox.take(dropped, run="register_files")
+            _register_in_a_run(instance, inbox, dropped, found)
             continue
         try:
             batch = store.register(dropped.path).batch
-        except BatchError as error:
-            found.notes.append(f"refused: {error}")
+            if _wants_a_run(instance, batch, catalog):
+                queue.enqueue(store, batch.key, origin="inbox")
+        except Exception as error:  # whatever one file brings about, the others are taken
+            found.notes.append(f"refused: {dropped.path.name}: {type(error).__name__}: {error}")
             inbox.take(dropped, error=str(error))
-            continue
-        inbox.take(dropped, key=batch.key)
-        if _wants_a_run(instance, batch, catalog):
-            queue.enqueue(store, batch.key, origin="inbox")
+        else:
+            inbox.take(dropped, key=batch.key)
     inbox.save()
     return found
+
+
+def _register_in_a_run(instance: DagsterInstance, inbox: Inbox, dropped: DroppedFile, found: ToStart) -> None:
+    """Have a large file registered by a run of its own, and again where that run did not end well."""
+    drop_id = hashlib.sha256(f"{dropped.path.name}:{dropped.mark}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    statuses = [run.status for run in instance.get_runs(RunsFilter(tags={DROP_TAG: drop_id}))]
+    if DagsterRunStatus.SUCCESS in statuses:
+        inbox.take(dropped, run="register_files")
+    elif statuses.count(DagsterRunStatus.FAILURE) >= MAX_TRIES:
+        inbox.take(dropped, error=f"register_files failed {MAX_TRIES} times")
+        found.notes.append(f"refused: {dropped.path.name}: register_files failed {MAX_TRIES} times")
+    elif not set(statuses) & set(_GOING_ON):
+        config = {"ops": {"register": {"config": {"paths": [str(dropped.path)]}}}}
+        found.runs.append(
+            RunRequest(
+                run_key=f"{drop_id}:{len(statuses)}",
+                job_name="register_files",
+                run_config=config,
+                tags={DROP_TAG: drop_id},
+            )
+        )
 
 
 def start_queued(instance: DagsterInstance, store: BatchStore, origin: str, found: ToStart) -> ToStart:
@@ -141,7 +162,8 @@ def sweep(
     """Start what is missing or failed, and what a dead process left; adopt what `vllm-batch run` finished.
 
     Left alone: a batch whose last run was cancelled, one that cannot complete, one that is worked on, and one that
-    failed MAX_TRIES times in a row. What is published stays so when the catalog changes: asking anew is for people.
+    failed MAX_TRIES times in a row (MAX_LOST times where its process went away). What is published stays so when the
+    catalog changes: asking anew is for people.
     """
     found = ToStart()
     known = set(instance.get_dynamic_partitions(str(BATCH_FILES.name)))
@@ -160,14 +182,15 @@ def sweep(
             found.notes.append(f"{key}: cannot be read: {error}")
             continue
         published = batch.is_published()
-        if published and batch.key in done:
+        begun = batch.work().mode is not None
+        if published and batch.key in done and not begun:
             continue
-        if published and not _is_complete(batch, catalog):
+        if published and not begun and not _is_complete(batch, catalog):
             found.notes.append(f"{batch.key}: published under another catalog; materialize it to have it asked anew")
             continue
         if not published and batch.key not in known:
             continue
-        reason = _reason_to_wait(instance, store, batch, going_on)
+        reason = _reason_to_wait(instance, store, batch, catalog, going_on)
         if reason:
             found.notes.append(f"{batch.key}: {reason}")
             continue
@@ -193,7 +216,11 @@ def _is_complete(batch: Batch, catalog: Catalog) -> bool:
 
 
 def _reason_to_wait(
-    instance: DagsterInstance, store: BatchStore, batch: Batch, going_on: dict[str, list[DagsterRun]]
+    instance: DagsterInstance,
+    store: BatchStore,
+    batch: Batch,
+    catalog: Catalog,
+    going_on: dict[str, list[DagsterRun]],
 ) -> str | None:
     if going_on.get(batch.key):
         return "a run is queued or going on"
@@ -203,23 +230,27 @@ def _reason_to_wait(
     if owner is not None:
         return f"worked on by {owner.get('owner')}"
     failure = batch.final_failure()
-    if failure is not None:
+    if failure is not None and not pipeline.catalog_helps(batch, catalog):
         return f"cannot complete: {failure['code']}"
     runs = runs_of(instance, batch.key)
     if runs and runs[0].status is DagsterRunStatus.CANCELED and INTERRUPTED_TAG not in runs[0].tags:
         return "its last run was cancelled"
-    if _failures_in_a_row(runs) >= MAX_TRIES:
-        return f"failed {MAX_TRIES} times in a row"
+    failed, lost = _failures_in_a_row(runs)
+    if failed >= MAX_TRIES or lost >= MAX_LOST:
+        return f"failed {failed} times in a row, and lost its process {lost} times"
     return None
 
 
-def _failures_in_a_row(runs: Iterable[DagsterRun]) -> int:
-    count = 0
+def _failures_in_a_row(runs: Iterable[DagsterRun]) -> tuple[int, int]:
+    """How often the last runs failed by themselves, and how often their process went away (a reboot, a SIGKILL)."""
+    failed = lost = 0
     for run in runs:
         if run.status is DagsterRunStatus.SUCCESS:
             break
-        count += run.status is DagsterRunStatus.FAILURE and LOCKED_TAG not in run.tags
-    return count
+        if run.status is DagsterRunStatus.FAILURE and LOCKED_TAG not in run.tags:
+            lost += LOST_TAG in run.tags
+            failed += LOST_TAG not in run.tags
+    return failed, lost
 
 
 def _going_on(instance: DagsterInstance) -> dict[str, list[DagsterRun]]:
@@ -250,6 +281,7 @@ def _end_dead_runs(
         if run.status is DagsterRunStatus.CANCELING:
             instance.report_run_canceled(run, "The run's process is gone.")
         else:
+            instance.add_run_tags(run.run_id, {LOST_TAG: "true"})
             instance.report_run_failed(run, "The run's process is gone (killed, or the machine went down).")
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
         found.notes.append(f"{key}: run {run.run_id[:8]} had no process any more")

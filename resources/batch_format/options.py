@@ -85,9 +85,19 @@ def parse_options(values: dict[str, Any], origin: str) -> BatchOptions:
         OptionsError: names `origin`, the key and what is wrong with it.
     """
     try:
-        return BatchOptions(**values)
-    except ValidationError as error:
+        options = BatchOptions(**values)
+        options.model_dump_json()
+        return options
+    except ValueError as error:
+        if not isinstance(error, ValidationError):  # a lone surrogate somewhere
+            raise OptionsError(f"{origin}: a text is not Unicode: {error}") from None
         raise OptionsError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def sidecar_path(input_path: Path) -> Path:
+    """`<stem>.yaml` beside an input file."""
+    suffix = input_suffix(input_path) or input_path.suffix
+    return input_path.with_name(input_path.name[: len(input_path.name) - len(suffix)] + ".yaml")
 
 
 def load_sidecar(input_path: Path) -> dict[str, Any]:
@@ -96,23 +106,26 @@ def load_sidecar(input_path: Path) -> dict[str, Any]:
     Raises:
         OptionsError: not a small regular YAML file with a mapping.
     """
-    suffix = input_suffix(input_path) or input_path.suffix
-    path = input_path.with_name(input_path.name[: -len(suffix)] + ".yaml" if suffix else input_path.name + ".yaml")
+    path = sidecar_path(input_path)
     if not path.is_symlink() and not path.exists():
         return {}
     with open_regular(path) as stream:
         text = stream.read(MAX_SIDECAR_BYTES + 1)
     if len(text) > MAX_SIDECAR_BYTES:
         raise OptionsError(f"{path}: larger than {MAX_SIDECAR_BYTES} bytes.")
-    try:
-        values = yaml.load(text.decode("utf-8"), Loader=SidecarLoader)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: 2026-13-45, not UTF-8
-        raise OptionsError(f"{path} is not readable as YAML: {error}") from None
+    values = _load_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise OptionsError(f"{path}: must hold a mapping of option to value.")
     return values
+
+
+def _load_yaml(text: bytes, origin: str) -> Any:
+    try:
+        return yaml.load(text.decode("utf-8"), Loader=SidecarLoader)
+    except Exception as error:  # tags such as `!!int ""` raise whatever their constructor happens to
+        raise OptionsError(f"{origin}: not readable as YAML: {error}") from None
 
 
 def options_from_text(pairs: list[str]) -> dict[str, Any]:
@@ -122,10 +135,7 @@ def options_from_text(pairs: list[str]) -> dict[str, Any]:
         key, separator, text = pair.partition("=")
         if not separator or not key:
             raise OptionsError(f"--option {pair}: must be key=value, for example --option chunk_rows=500.")
-        try:
-            values[key.strip()] = yaml.load(text, Loader=SidecarLoader)
-        except (ValueError, yaml.YAMLError, RecursionError) as error:
-            raise OptionsError(f"--option {key}: not readable as YAML: {error}") from None
+        values[key.strip()] = _load_yaml(text.encode("utf-8", "surrogateescape"), f"--option {key}")
     return values
 
 
@@ -152,14 +162,20 @@ class SidecarLoader(UniqueKeyLoader):
 def _deadline(text: str, start: datetime) -> datetime:
     match = _DURATION.match(text.strip())
     if match:
-        return start + timedelta(seconds=float(match[1]) * _UNIT_SECONDS[match[2]])
+        try:
+            return start + timedelta(seconds=float(match[1]) * _UNIT_SECONDS[match[2]])
+        except OverflowError:
+            raise ValueError("is further away than a calendar reaches; leave it out for none") from None
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise ValueError("must be a duration such as 90m, 24h, 7d, or an ISO time with a zone") from None
     if moment.tzinfo is None:
         raise ValueError("an absolute time needs a zone, for example 2026-12-01T06:00:00+00:00")
-    return moment.astimezone(UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is no time that has a UTC form") from None
 
 
 def _explain(error: Any) -> str:

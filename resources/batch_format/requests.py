@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 
 MAX_NESTING = 100
+MAX_ID_CHARACTERS = 4096
+"""Of a custom_id and of a model's name: they are held in memory for many lines at once."""
 ENDPOINTS = frozenset(
     {
         "/v1/chat/completions",
@@ -88,10 +90,10 @@ def check_line(raw: bytes) -> Request:
         url = document["url"]
         plain = (
             type(custom_id) is str
-            and custom_id
+            and 0 < len(custom_id) <= MAX_ID_CHARACTERS
             and document["method"] == "POST"
             and url in ENDPOINTS
-            and (model is None or (type(model) is str and model))
+            and (model is None or (type(model) is str and 0 < len(model) <= MAX_ID_CHARACTERS))
             and not body.get("stream")
             and b"\\u00" not in raw
             and raw.count(b"{") + raw.count(b"[") <= MAX_NESTING
@@ -110,7 +112,7 @@ def _check_slowly(raw: bytes) -> Request:
     if not isinstance(document, dict):
         raise Rejected(Code.NOT_AN_OBJECT, f"a line must be a JSON object, this one is {_kind(document)}")
     given = document.get("custom_id")
-    custom_id = given if isinstance(given, str) and given else None
+    custom_id = given[:MAX_ID_CHARACTERS] if isinstance(given, str) and given else None
 
     def reject(code: Code, message: str, param: str) -> NoReturn:
         raise Rejected(code, message, param, custom_id)
@@ -129,6 +131,11 @@ def _check_slowly(raw: bytes) -> Request:
     model = body.get("model")
     if model is not None and (not isinstance(model, str) or not model):
         reject(Code.INVALID_TYPE, f"`body.model` must be a non-empty string, not {_kind(model)}", "body.model")
+    if len(document["custom_id"]) > MAX_ID_CHARACTERS:
+        message = f"`custom_id` is longer than {MAX_ID_CHARACTERS} characters"
+        reject(Code.INVALID_TYPE, message, "custom_id")
+    if model is not None and len(model) > MAX_ID_CHARACTERS:
+        reject(Code.INVALID_TYPE, f"`body.model` is longer than {MAX_ID_CHARACTERS} characters", "body.model")
     if body.get("stream"):
         reject(Code.STREAM_NOT_SUPPORTED, "`body.stream` is not supported in a batch; leave it out", "body.stream")
     assert custom_id is not None

@@ -2,6 +2,7 @@
 
 batch.json                  spec, written once (operational options may be replaced)
 lock                        held by the process that works on the batch
+work.json                   a restart or retry that was begun and is not published; how many restarts there were
 run.json                    what the last or current run says of itself; shown to people, never trusted as progress
 input.jsonl[.gz|.zst]       the immutable snapshot
 requests/part-*.parquet     one row a line, valid or not; summary.json beside them
@@ -24,6 +25,15 @@ from resources import durable
 from resources.batch_store.lock import lock_owner, writer_lock
 from resources.batch_store.spec import BatchSpec
 from resources.errors import BatchNotFound, CheckpointError
+
+
+@dataclass(frozen=True)
+class Work:
+    """`mode` is what was begun: a mode of a run, or `publish` once all is answered; None where nothing is left.
+    `restarts` counts how often all was asked anew: each time in generations of their own."""
+
+    restarts: int
+    mode: str | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,14 @@ class Batch:
     def set_current(self, current: dict[str, dict[str, Any]]) -> None:
         durable.write_file(self.results_dir / "current.json", json.dumps(current, indent=1).encode())
 
+    def work(self) -> "Work":
+        """What was begun and is not published yet. A plain run goes on with it."""
+        content = _read_json(self.root / "work.json") or {}
+        return Work(int(content.get("restarts", 0)), content.get("mode"))
+
+    def set_work(self, restarts: int, mode: str | None) -> None:
+        durable.write_file(self.root / "work.json", json.dumps({"restarts": restarts, "mode": mode}).encode())
+
     def run_record(self) -> dict[str, Any]:
         """The last run's word: `status` running|completed|failed|interrupted, `phase`, `progress`, `error`."""
         return _read_json(self.root / "run.json") or {}
@@ -102,6 +120,10 @@ class Batch:
         """Whether the outputs are there and tell of the current results."""
         summary = self.output_summary()
         return summary is not None and bool(self.current()) and summary.get("generations") == self.current()
+
+    def deadline(self) -> datetime | None:
+        """The moment after which nothing more is asked, in UTC."""
+        return self.spec.options.deadline_at(self.spec.registered_at)
 
     def is_pruned(self) -> bool:
         """Whether the snapshot was removed to free space."""

@@ -28,7 +28,7 @@ def check_stream(
 ) -> RequestsSummary:
     """Check the lines of an input and write them into `folder` as Parquet. `model` stands for that of every line."""
     writer = RequestsWriter(folder)
-    summary = RequestsSummary(names=sorted(catalog.names))
+    summary = RequestsSummary(names=catalog.names)
     started = time.monotonic()
     for count, (number, raw) in enumerate(iter_lines(stream, suffix)):
         writer.add(_request_row(number, raw, model, catalog))

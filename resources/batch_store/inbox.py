@@ -16,6 +16,7 @@ from typing import Any
 
 from resources import durable
 from resources.batch_format.lines import input_suffix, open_regular
+from resources.batch_format.options import sidecar_path
 from resources.errors import InputRefused
 
 SETTLE_SECONDS = 2.0
@@ -27,7 +28,7 @@ class DroppedFile:
     path: Path
     size: int
     mark: str
-    """Size, time of change and inode: another mark under the same name is another file."""
+    """Size, time of change and inode, and the time of its sidecar: another mark is another file."""
 
 
 class Inbox:
@@ -76,7 +77,7 @@ class Inbox:
                 status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            mark = f"{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
+            mark = f"{status.st_size}:{status.st_mtime_ns}:{status.st_ino}{_sidecar_mark(Path(entry.path))}"
             found.append((status.st_mtime_ns, DroppedFile(Path(entry.path), status.st_size, mark)))
         return [dropped for _, dropped in sorted(found, key=lambda pair: (pair[0], pair[1].path.name))]
 
@@ -111,4 +112,13 @@ def _is_being_written(path: Path) -> bool:
             fcntl.fcntl(stream, fcntl.F_SETLEASE, fcntl.F_UNLCK)
             return False
     except InputRefused:
-        return True
+        return False  # registering it says why
+
+
+def _sidecar_mark(path: Path) -> str:
+    """Part of a file's mark, so that a file that was refused for its sidecar is taken again when that is mended."""
+    try:
+        status = sidecar_path(path).lstat()
+    except OSError:
+        return ""
+    return f":{status.st_mtime_ns}"

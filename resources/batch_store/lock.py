@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from resources.errors import BatchLocked, BatchNotFound
+
+_TRIES = 10
+_TRY_SECONDS = 0.03
 
 
 @contextmanager
@@ -25,10 +29,8 @@ def writer_lock(path: Path, owner: str) -> Iterator[None]:
     """
     handle = _open(path)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BatchLocked(f"{path.parent.name} is being worked on by {_describe(_read_owner(path))}.") from None
+        if not _acquire(handle):
+            raise BatchLocked(f"{path.parent.name} is being worked on by {_describe(_read_owner(path))}.")
         if not _same_file(handle, path):
             raise BatchNotFound(f"{path.parent.name} was removed just now.")
         content = {"owner": owner, "pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
@@ -55,6 +57,18 @@ def lock_owner(path: Path) -> dict[str, Any] | None:
     finally:
         os.close(handle)
     return None
+
+
+def _acquire(handle: int) -> bool:
+    """Try for a moment: whoever asks for the owner holds a shared lock meanwhile."""
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_TRY_SECONDS)
+        else:
+            return True
+    return False
 
 
 def _open(path: Path) -> int:

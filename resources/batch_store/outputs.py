@@ -16,7 +16,7 @@ from resources.batch_store.batch import Batch
 from resources.batch_store.requests import read_batches
 from resources.chunk_store.generation import Generation
 from resources.chunk_store.ordered import OrderedRows, ranges_of_lines
-from resources.chunk_store.schema import RESULTS
+from resources.chunk_store.schema import RESULTS, is_success
 from resources.chunk_store.writer import write_parquet
 
 SAMPLES = 5
@@ -54,7 +54,7 @@ class OutputSummary:
 
 def write_outputs(
     batch: Batch,
-    generations: list[Generation],
+    generations: dict[str, Generation],
     last_line: int,
     folder: Path,
     missing_code: str,
@@ -62,12 +62,12 @@ def write_outputs(
 ) -> OutputSummary:
     """Write the three outputs into `folder`, synced. `step` gets the number of lines written so far."""
     summary = OutputSummary(metadata=batch.spec.options.metadata)
-    writer = _Writer(batch, summary, missing_code)
+    writer = _Writer(batch, summary, missing_code, list(generations))
     scratch = folder / f"{durable.TEMPORARY}scratch"
     scratch.mkdir()
     (folder / "results").mkdir()
-    span = ranges_of_lines(generations, last_line)
-    answers = OrderedRows(generations, span, scratch)
+    span = ranges_of_lines(list(generations.values()), last_line)
+    answers = OrderedRows(list(generations.values()), span, scratch)
     with (
         (folder / "output.jsonl").open("w", encoding="utf-8") as output,
         (folder / "errors.jsonl").open("w", encoding="utf-8") as errors,
@@ -103,7 +103,8 @@ def _ranges(requests_dir: Path, span: int) -> Iterator[tuple[int, pa.Table]]:
 
 
 class _Writer:
-    def __init__(self, batch: Batch, summary: OutputSummary, missing_code: str) -> None:
+    def __init__(self, batch: Batch, summary: OutputSummary, missing_code: str, models: list[str]) -> None:
+        self._models = pa.array(models, pa.string())
         self._prefix = f"batch_req_{batch.spec.identity[:12]}_"
         self._summary = summary
         self._missing_code = missing_code
@@ -122,7 +123,7 @@ class _Writer:
             if response is not None:
                 text = summarize(response.encode()).text
                 entry = response_line(f"{self._prefix}{line}", custom_id, status, request_id, response)
-                (output if status < 400 else errors).write(entry)
+                (output if is_success(status) else errors).write(entry)
             else:
                 at = line if param is not None or request_id is None else None
                 errors.write(error_line(f"{self._prefix}{line}", custom_id, code, message, at, param))
@@ -142,9 +143,11 @@ class _Writer:
         return joined.select(RESULTS.names).cast(RESULTS)
 
     def _join(self, requests: pa.Table, answers: pa.Table) -> pa.Table:
-        """Requests with their answers beside them, both sorted by line."""
-        lines = requests["line"].to_numpy()
-        answered = answers["line"].to_numpy()
+        """Requests with their answers beside them: by line, and by the generation of the request's model."""
+        count = max(len(self._models), 1)
+        model = pa.compute.index_in(requests["model"], value_set=self._models).fill_null(0).to_numpy()
+        lines = requests["line"].to_numpy() * count + model
+        answered = answers["line"].to_numpy() * count + answers["source"].to_numpy()
         rejected = requests["error_code"].is_valid().to_numpy()
         position = np.searchsorted(answered, lines)
         position = np.minimum(position, max(len(answered) - 1, 0))
@@ -155,7 +158,7 @@ class _Writer:
         code = pa.scalar(self._missing_code)
         message = pa.scalar(_MISSING_MESSAGES[self._missing_code])
         columns = {name: requests[name] for name in ("line", "custom_id", "url", "model")}
-        columns |= {name: taken[name] for name in answers.column_names if name != "line"}
+        columns |= {name: taken[name] for name in answers.column_names if name not in ("line", "source")}
         for name, missing_value in (("error_code", code), ("error_message", message)):
             own = pa.compute.coalesce(requests[name], taken[name])
             columns[name] = pa.compute.if_else(missing, missing_value, own)

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from resources import durable
 from resources.batch_store.spec import is_key
@@ -38,11 +39,17 @@ def pending(store: BatchStore) -> Iterator[StartRequest]:
     """The requests that are waiting, oldest first. Files that are none of ours are left alone."""
     paths = [p for p in store.queue_dir.glob("*.json") if is_key(p.stem)]
     for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns if p.exists() else 0):
-        try:
-            content = json.loads(path.read_bytes())
-            yield StartRequest(path.stem, str(content["id"]), str(content["mode"]), str(content["origin"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        request = _read(path)
+        if request is not None:
+            yield request
+
+
+def _read(path: Path) -> StartRequest | None:
+    try:
+        content = json.loads(path.read_bytes())
+        return StartRequest(path.stem, str(content["id"]), str(content["mode"]), str(content["origin"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_queued(store: BatchStore, key: str) -> bool:
@@ -52,7 +59,7 @@ def is_queued(store: BatchStore, key: str) -> bool:
 def withdraw(store: BatchStore, key: str, request_id: str | None = None) -> bool:
     """Take a request back (only the one with that id where one is given); whether there was one."""
     path = store.queue_dir / f"{key}.json"
-    found = next((r for r in pending(store) if r.key == key), None)
+    found = _read(path)
     if found is None or (request_id is not None and found.id != request_id):
         return False
     path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from resources.batch_format.requests import Code
 from resources.chunk_store.schema import REQUESTS
 
 PART_ROWS = 65_536
+_PART_BYTES = 64 * 1024 * 1024
 _GROUP_ROWS = 8_192
 _GROUP_BYTES = 16 * 1024 * 1024
 FIRST_REJECTS = 20
@@ -28,7 +29,7 @@ RequestRow = tuple[int, str | None, str | None, str | None, bytes | None, str | 
 
 @dataclass
 class RequestsSummary:
-    """What the check found; `summary.json` beside the parts. `names` are those the catalog knew at the time."""
+    """What the check found; `summary.json` beside the parts. `names` is what the catalog's names stood for then."""
 
     lines: int = 0
     last_line: int = 0
@@ -38,7 +39,7 @@ class RequestsSummary:
     models: dict[str, int] = field(default_factory=dict)
     first_rejects: list[dict[str, Any]] = field(default_factory=list)
     endpoints: list[str] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,13 +56,13 @@ class RequestsWriter:
         self._rows: list[RequestRow] = []
         self._bytes = 0
         self._ids = array("q")
-        self._part_rows = 0
+        self._part_rows = self._part_bytes = 0
         self._parts = 0
         self._writer: pq.ParquetWriter | None = None
 
     def add(self, row: RequestRow) -> None:
         self._rows.append(row)
-        self._bytes += len(row[4] or b"")
+        self._bytes += sum(len(text) for text in row[1:] if text)
         if row[5] is None:
             self._ids.append(hash(row[1]))
         if len(self._rows) >= _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
@@ -113,14 +114,15 @@ class RequestsWriter:
         ]
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=REQUESTS))
         self._part_rows += len(self._rows)
+        self._part_bytes += self._bytes
         self._rows, self._bytes = [], 0
-        if self._part_rows >= PART_ROWS:
+        if self._part_rows >= PART_ROWS or self._part_bytes >= _PART_BYTES:
             self._close_part()
 
     def _close_part(self) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._writer, self._part_rows = None, 0
+            self._writer, self._part_rows, self._part_bytes = None, 0, 0
 
 
 _DICT = ["url", "model", "error_code", "error_message", "error_param"]
@@ -153,6 +155,15 @@ def valid_rows(
                 rows["body"].cast(pa.binary()).to_pylist(),
                 strict=True,
             )
+
+
+def lines_of(folder: Path, model: str, last_line: int) -> npt.NDArray[np.bool_]:
+    """Which lines are valid requests for a model; index is the line number."""
+    mine = np.zeros(last_line + 1, np.bool_)
+    for batch in read_batches(folder, ["line", "model", "error_code"]):
+        valid = pc.and_(pc.is_null(batch["error_code"]), pc.fill_null(pc.equal(batch["model"], model), False))
+        mine[batch["line"].to_numpy()[valid.to_numpy(zero_copy_only=False)]] = True
+    return mine
 
 
 def sync_parts(folder: Path) -> None:

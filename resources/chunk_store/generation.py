@@ -53,6 +53,11 @@ class Committed:
     small_chunks: list[tuple[int, int]] = field(default_factory=list)
     """(number, rows) of chunks that may be merged."""
 
+    def only(self, mine: npt.NDArray[np.bool_]) -> None:
+        """Forget lines that are not asked for (any more): rejected by a later check, or another model's now."""
+        self.attempts[~mine] = 0
+        self.failed[~mine] = False
+
     @property
     def done(self) -> int:
         return int(np.count_nonzero(self.attempts))
@@ -69,9 +74,9 @@ class Generation:
         self.folder = folder
 
     @staticmethod
-    def of(results_dir: Path, entry: ModelEntry) -> "Generation":
-        """The generation that a catalog entry's answers go to. Nothing is made on disk."""
-        name = fingerprint(fingerprint_inputs(entry))
+    def of(results_dir: Path, entry: ModelEntry, restarts: int = 0) -> "Generation":
+        """The generation of a catalog entry's answers, another one after each restart. Makes nothing on disk."""
+        name = fingerprint(fingerprint_inputs(entry)) + (f"-{restarts}" if restarts else "")
         return Generation(results_dir / entry.name.replace("/", "--").replace(":", "--") / name)
 
     @property
@@ -113,7 +118,7 @@ class Generation:
             attempts = table["attempt"].to_numpy()
             status = table["status_code"].fill_null(0).to_numpy()
             newer = attempts > state.attempts[lines]
-            state.failed[lines[newer]] = (status[newer] == 0) | (status[newer] >= 400)
+            state.failed[lines[newer]] = (status[newer] < 200) | (status[newer] >= 300)
             state.attempts[lines[newer]] = attempts[newer]
             state.rows += len(lines)
             state.prompt_tokens += _total(table["prompt_tokens"])

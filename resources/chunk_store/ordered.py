@@ -16,6 +16,7 @@ from resources.chunk_store.schema import CHUNK
 
 RANGE_BYTES = 8 * 1024 * 1024
 _MAX_RANGES = 512
+_TAGGED = CHUNK.append(pa.field("source", pa.int32()))
 _MAX_RANGE_LINES = 16_384
 
 
@@ -37,34 +38,39 @@ class OrderedRows:
     def __init__(self, generations: list[Generation], span: int, scratch: Path) -> None:
         self._span = span
         self._scratch = scratch
-        self._whole: dict[int, list[tuple[Generation, int]]] = defaultdict(list)
+        self._whole: dict[int, list[tuple[int, Generation, int]]] = defaultdict(list)
         self._scatter(generations)
 
     def between(self, index: int) -> pa.Table:
-        """The winning rows of range `index`, lines [index * span, (index + 1) * span), sorted by line."""
-        tables = [generation.open_chunk(number).read() for generation, number in self._whole.get(index, ())]
+        """The winning rows of range `index`, lines [index * span, (index + 1) * span), sorted by line.
+
+        The column `source` is the index of the row's generation: a line may have a row in several of them.
+        """
+        tables = [
+            _tagged(generation.open_chunk(number).read(), source) for source, generation, number in self._whole[index]
+        ]
         scattered = self._scratch / f"{index}.arrow"
         if scattered.exists():
             with pa.memory_map(str(scattered)) as source:
                 tables.append(pa.ipc.open_stream(source).read_all())
         if not tables:
-            return CHUNK.empty_table()
-        return _winners(pa.concat_tables([t.replace_schema_metadata(None) for t in tables]))
+            return _TAGGED.empty_table()
+        return _winners(pa.concat_tables(tables))
 
     def _scatter(self, generations: list[Generation]) -> None:
         writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
         try:
-            for generation in generations:
+            for source, generation in enumerate(generations):
                 for number, chunk in generation:
                     first, last = _line_bounds(chunk)
                     if first // self._span == last // self._span:
-                        self._whole[first // self._span].append((generation, number))
+                        self._whole[first // self._span].append((source, generation, number))
                         continue
-                    table = chunk.read().replace_schema_metadata(None)
+                    table = _tagged(chunk.read(), source)
                     owner = table["line"].to_numpy() // self._span
                     for index in np.unique(owner):
                         if index not in writers:
-                            writers[index] = pa.ipc.new_stream(str(self._scratch / f"{index}.arrow"), CHUNK)
+                            writers[index] = pa.ipc.new_stream(str(self._scratch / f"{index}.arrow"), _TAGGED)
                         writers[index].write_table(table.filter(pa.array(owner == index)))
         finally:
             for writer in writers.values():
@@ -73,10 +79,16 @@ class OrderedRows:
 
 def _winners(table: pa.Table) -> pa.Table:
     lines = table["line"].to_numpy()
-    order = np.lexsort((table["attempt"].to_numpy(), lines))
-    ordered = lines[order]
-    last_of_line = np.append(ordered[1:] != ordered[:-1], True)
+    source = table["source"].to_numpy()
+    order = np.lexsort((table["attempt"].to_numpy(), source, lines))
+    line, source = lines[order], source[order]
+    last_of_line = np.append((line[1:] != line[:-1]) | (source[1:] != source[:-1]), True)
     return table.take(pa.array(order[last_of_line]))
+
+
+def _tagged(table: pa.Table, source: int) -> pa.Table:
+    tags = pa.array(np.full(len(table), source, np.int32))
+    return table.replace_schema_metadata(None).append_column(_TAGGED.field("source"), tags)
 
 
 def _line_bounds(chunk: pq.ParquetFile) -> tuple[int, int]:

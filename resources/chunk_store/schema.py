@@ -53,6 +53,11 @@ RESULTS = pa.schema(
 )
 
 
+def is_success(status: int) -> bool:
+    """Whether a status stands for an answer. A redirect does not: nobody follows it."""
+    return 200 <= status < 300
+
+
 class ChunkRow(NamedTuple):
     """A finished request, in the order of CHUNK's columns.
 
@@ -76,7 +81,7 @@ class ChunkRow(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        return self.status_code is None or self.status_code >= 400
+        return self.status_code is None or not is_success(self.status_code)
 
     @property
     def nbytes(self) -> int:

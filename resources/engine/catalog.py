@@ -13,6 +13,7 @@ models:
 """
 
 import difflib
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,15 @@ class ModelEntry(BaseModel):
             raise ValueError("engine openai needs `base_url`, for example http://127.0.0.1:8000/v1")
         if self.engine is not EngineKind.VLLM and (self.engine_args or self.revision or self.env):
             raise ValueError("`engine_args`, `revision` and `env` are for engine vllm alone")
+        secret = sorted(
+            name for name in self.engine_args if re.search(r"(token|api.?key|password|secret)$", name, re.I)
+        )
+        if secret:
+            raise ValueError(
+                f"`engine_args` would show `{secret[0]}` in files and process lists; put it in the environment"
+            )
+        if self.base_url and "?" in self.base_url:
+            raise ValueError("`base_url` must not have a query; a key goes into the variable that `api_key_env` names")
         if self.engine is not EngineKind.OPENAI and (self.base_url or self.api_key_env):
             raise ValueError("`base_url` and `api_key_env` are for engine openai alone")
         return self
@@ -106,9 +116,9 @@ class Catalog:
                 self._names[name] = entry.name
 
     @property
-    def names(self) -> set[str]:
-        """Every name a request may use, aliases included."""
-        return set(self._names)
+    def names(self) -> dict[str, str]:
+        """Every name a request may use, aliases included, with the model that it stands for."""
+        return dict(self._names)
 
     def resolve(self, name: str) -> str | None:
         """The catalog name behind a name or alias; None where there is none."""
@@ -122,7 +132,7 @@ class Catalog:
 
     def unknown(self, name: str) -> str:
         """What to tell a person who asked for a model that is not here."""
-        near = difflib.get_close_matches(name, self._names, n=1)
+        near = difflib.get_close_matches(name[:120], self._names, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"it holds: {', '.join(sorted(self.entries)) or 'nothing'}."
         return f"model `{name[:120]}` is not in the catalog; {hint}"
 

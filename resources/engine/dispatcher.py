@@ -23,12 +23,14 @@ from typing import NamedTuple
 import msgspec
 
 from resources.batch_format.answers import one_line, summarize
-from resources.chunk_store.schema import ChunkRow
+from resources.chunk_store.schema import ChunkRow, is_success
 from resources.chunk_store.writer import MAX_CHUNK_BYTES
 from resources.engine.protocol import Engine, EngineRequest, EngineResponse, TransportFailure
 from resources.errors import EngineDown
 
 TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+GATEWAY_STATUS = frozenset({429, 502, 503, 504})
+"""Of these, what a gateway says for an engine that is not there, or not for us: no word about the request itself."""
 MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
 _MAX_INT8 = 127
 _COMMITS_WAITING = 2
@@ -216,10 +218,17 @@ class Dispatcher:
             try:
                 response = await ask(request)
                 row = _answered(request, response, started, attempt)
-                reach.answered(request)
                 if response.status not in TRANSIENT_STATUS:
+                    reach.answered(request)
                     return row
                 wait = response.retry_after
+                if response.status not in GATEWAY_STATUS:
+                    reach.answered(None)
+                elif sent >= options.max_attempts and not await reach.answers_others(ask, tried_at):
+                    reach.failed()
+                    sent -= 1
+                    await reach.wait(f"status {response.status}")
+                    continue
             except TimeoutError:
                 message = f"no answer within {options.request_timeout:g} s"
                 row = _unanswered(request, "request_timeout", message, started, attempt)
@@ -229,7 +238,7 @@ class Dispatcher:
                 given_up = sent >= options.max_attempts and not failure.unreachable
                 if failure.unreachable or (given_up and not await reach.answers_others(ask, tried_at)):
                     sent -= 1
-                    await reach.wait(failure)
+                    await reach.wait(str(failure))
                     continue
             if sent >= options.max_attempts or self._past_deadline():
                 return row
@@ -297,8 +306,10 @@ class _Reach:
         self._answered_at = 0.0
         self._lost_at: float | None = None
 
-    def answered(self, request: EngineRequest) -> None:
-        self._answered, self._answered_at, self._lost_at = request, time.monotonic(), None
+    def answered(self, request: EngineRequest | None) -> None:
+        """Note an answer; `request` where it can be asked again to see whether the engine is there."""
+        self._answered = request or self._answered
+        self._answered_at, self._lost_at = time.monotonic(), None
 
     def failed(self) -> None:
         """Note a failure. Raises EngineDown where an engine that we own is gone."""
@@ -316,13 +327,15 @@ class _Reach:
                 return False
             probe = self._answered._replace(request_id=f"{self._answered.request_id}-probe")
             try:
-                await ask(probe)
+                response = await ask(probe)
             except (TransportFailure, TimeoutError):
                 return False
-            self.answered(self._answered)
+            if response.status in GATEWAY_STATUS:
+                return False
+            self.answered(None)
             return True
 
-    async def wait(self, failure: TransportFailure) -> None:
+    async def wait(self, failure: str) -> None:
         """Wait half as long as the engine has been away, within bounds. Raises EngineDown where that is too long."""
         away = time.monotonic() - (self._lost_at or time.monotonic())
         if away > self._limit:
@@ -349,7 +362,7 @@ def _answered(request: EngineRequest, response: EngineResponse, started: int, at
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise TransportFailure("the answer is not JSON in UTF-8") from None
     summary = summarize(body)
-    refused = response.status >= 400
+    refused = not is_success(response.status)
     return ChunkRow(
         request.line,
         response.status,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from resources import pipeline
@@ -69,12 +70,11 @@ def submit(
         batch = registration.batch
         if registration.note:
             common.stderr.print(f"[yellow]Note:[/] {registration.note}")
-        done = pipeline.is_complete(batch, common.open_catalog())
-        if not done:
-            queue.enqueue(store, batch.key)
-            _say_if_stack_is_down()
-        common.stderr.print(f"{batch.key}: " + ("answered already, nothing to run." if done else "queued."))
-        _finish(store, batch, wait=wait, as_json=as_json)
+        if pipeline.is_complete(batch, common.open_catalog()):
+            common.stderr.print(f"{batch.key}: answered already, nothing to run.")
+            _tell(status_of(store, batch), show=wait, as_json=as_json)
+        else:
+            _start(store, batch, "resume", wait=wait, as_json=as_json)
 
 
 def retry(
@@ -88,11 +88,7 @@ def retry(
     """
     with common.errors_for_people():
         store = common.open_store()
-        batch = store.get(key)
-        queue.enqueue(store, key, "retry_failed")
-        _say_if_stack_is_down()
-        common.stderr.print(f"{key}: queued, for the rows that failed.")
-        _finish(store, batch, wait=wait, as_json=as_json)
+        _start(store, store.get(key), "retry_failed", wait=wait, as_json=as_json)
 
 
 def status(
@@ -211,29 +207,40 @@ def validate(
     raise typer.Exit(Exit.WITH_ERRORS if summary.rejected else Exit.OK)
 
 
-def _finish(store: BatchStore, batch: Batch, *, wait: bool, as_json: bool) -> None:
-    found = _wait(store, batch) if wait else status_of(store, batch)
+def _start(store: BatchStore, batch: Batch, mode: str, *, wait: bool, as_json: bool) -> None:
+    before = None if batch.locked_by() else batch.run_record().get("started_at")
+    queue.enqueue(store, batch.key, mode)
+    common.stderr.print(f"{batch.key}: queued.")
+    if stack.stack_state(settings()) is None:
+        common.stderr.print("[yellow]The stack is not running:[/] the run starts when `vllm-batch up` does.")
+    found = _wait(store, batch, before) if wait else status_of(store, batch)
+    _tell(found, show=wait, as_json=as_json)
+
+
+def _tell(found: BatchStatus, *, show: bool, as_json: bool) -> None:
+    """Print what was waited for, and exit as `vllm-batch run` does."""
     if as_json:
         common.print_json(found.as_dict())
-    elif wait:
+    elif show:
         _show_one(found)
-    if wait and found.state in ("failed", "interrupted"):
+    if show and found.state in ("failed", "interrupted"):
         raise typer.Exit(Exit.UNUSABLE if found.state == "failed" else Exit.INTERRUPTED)
-    if wait and found.failed:
+    if show and found.failed:
         raise typer.Exit(Exit.WITH_ERRORS)
 
 
-def _wait(store: BatchStore, batch: Batch) -> BatchStatus:
-    """Follow a batch until it is neither queued nor running. A run that is being started counts as queued."""
+def _wait(store: BatchStore, batch: Batch, before: str | None) -> BatchStatus:
+    """Follow a batch until a run that began after the one of `before` has ended."""
     with common.progress_bar() as bar:
-        before = batch.run_record().get("started_at")
         while True:
             found = status_of(store, batch)
             if found.state == "running" and found.lines:
                 bar(_progress(found))
-            elif found.state == "completed" and not queue.is_queued(store, batch.key):
+            elif found.state == "running" or batch.run_record().get("started_at") == before:
+                pass  # another run, or ours is being started
+            elif found.state == "completed":
                 return found
-            elif found.state in ("failed", "interrupted") and batch.run_record().get("started_at") != before:
+            elif found.state in ("failed", "interrupted"):
                 time.sleep(_WAIT_SECONDS)
                 if status_of(store, batch).state == found.state:
                     return found
@@ -251,11 +258,6 @@ def _progress(found: BatchStatus) -> Progress:
         (lines - done) / found.eta_seconds if found.eta_seconds else 0.0,
         found.note or "",
     )
-
-
-def _say_if_stack_is_down() -> None:
-    if stack.stack_state(settings()) is None:
-        common.stderr.print("[yellow]The stack is not running:[/] the run starts when `vllm-batch up` does.")
 
 
 def _scratch(output: Path | None) -> Path | None:
@@ -314,7 +316,7 @@ def _show_one(found: BatchStatus) -> None:
     print = common.stdout.print
     print(f"[bold]{found.key}[/]  {found.state}" + (f" ({found.phase})" if found.state == "running" else ""))
     print(
-        f"  source      {found.source}, registered {found.registered_at}"
+        f"  source      {escape(found.source)}, registered {found.registered_at}"
         + (f", dry run ({found.engine})" if found.engine else "")
     )
     if found.lines is not None:
@@ -346,13 +348,17 @@ def _show_all(statuses: list[BatchStatus]) -> None:
 
 def _show_check(file: Path, summary: Any) -> None:
     print = common.stdout.print
-    print(f"{file}: {summary.lines} lines, {summary.valid} valid, {summary.rejected} invalid.", soft_wrap=True)
+    print(
+        f"{escape(str(file))}: {summary.lines} lines, {summary.valid} valid, {summary.rejected} invalid.",
+        soft_wrap=True,
+    )
     for model, count in sorted(summary.models.items()):
         print(f"  {count} for {model}")
     if summary.first_rejects:
         table = Table("line", "custom_id", "code", "what is wrong", box=None, header_style="bold")
         for reject in summary.first_rejects:
-            table.add_row(str(reject["line"]), reject["custom_id"] or "", reject["error_code"], reject["error_message"])
+            texts = (reject["custom_id"] or "", reject["error_code"], reject["error_message"])
+            table.add_row(str(reject["line"]), *(escape(text) for text in texts))
         print(table)
         if summary.rejected > len(summary.first_rejects):
             print(f"  and {summary.rejected - len(summary.first_rejects)} more")

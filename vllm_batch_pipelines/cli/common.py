@@ -1,6 +1,7 @@
 """What the commands share: settings to objects, errors to exit codes, progress to the terminal."""
 
 import json
+import logging
 import shutil
 import sys
 import time
@@ -10,8 +11,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from resources import durable
@@ -23,6 +26,8 @@ from resources.settings import settings
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
+
+log = logging.getLogger(__name__)
 
 _LINE_SECONDS = 10
 
@@ -53,16 +58,24 @@ def errors_for_people() -> Iterator[None]:
     try:
         yield
     except (BatchStopped, EngineDown) as error:
-        stderr.print(f"[yellow]Interrupted:[/] {_escape(error)}\nThe same command goes on from there.")
+        stderr.print(f"[yellow]Interrupted:[/] {escape(str(error))}\nThe same command goes on from there.")
         raise typer.Exit(Exit.INTERRUPTED) from None
     except KeyboardInterrupt:
         stderr.print("[yellow]Interrupted.[/] What is committed stays; the same command goes on from there.")
         raise typer.Exit(Exit.INTERRUPTED) from None
     except BatchError as error:
-        stderr.print(f"[red]Error:[/] {_escape(error)}")
+        stderr.print(f"[red]Error:[/] {escape(str(error))}")
         raise typer.Exit(Exit.UNUSABLE) from None
     except OSError as error:
-        stderr.print(f"[red]Error:[/] {_escape(error)}")
+        stderr.print(f"[red]Error:[/] {escape(str(error))}")
+        raise typer.Exit(Exit.UNUSABLE) from None
+    except (click.exceptions.Exit, click.exceptions.ClickException, click.exceptions.Abort):
+        raise
+    except Exception as error:
+        log.exception("unexpected")
+        stderr.print(
+            f"[red]Error:[/] {type(error).__name__}: {escape(str(error))}. This is a bug; what is committed stays."
+        )
         raise typer.Exit(Exit.UNUSABLE) from None
 
 
@@ -78,10 +91,6 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
 def copy(source: Path, target: Path) -> None:
     with source.open("rb") as content, replacing(target) as stream:
         shutil.copyfileobj(content, stream)
-
-
-def _escape(text: object) -> str:
-    return str(text).replace("[", r"\[")
 
 
 @contextmanager

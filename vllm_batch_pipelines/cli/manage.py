@@ -6,11 +6,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from resources import durable
 from resources.batch_store import queue
 from resources.batch_store.batch import Batch
-from resources.errors import OptionsError
+from resources.errors import BatchLocked, OptionsError
 from resources.settings import settings
 from vllm_batch_pipelines import stack
 from vllm_batch_pipelines.cli import common
@@ -71,11 +72,11 @@ def prune(
         if not yes:
             typer.confirm(f"Remove {what} {len(old)} completed batches?", abort=True)
         for batch in old:
-            if everything:
-                store.remove(batch.key)
-            else:
-                _prune(batch)
-        common.stderr.print(f"Pruned {len(old)} batches.")
+            try:
+                store.remove(batch.key) if everything else _prune(batch)
+            except BatchLocked as locked:
+                common.stderr.print(f"[yellow]Left alone:[/] {escape(str(locked))}")
+        common.stderr.print("Pruned.")
 
 
 def _prunable(batch: Batch) -> bool:
@@ -84,13 +85,16 @@ def _prunable(batch: Batch) -> bool:
 
 def _prune(batch: Batch) -> None:
     with batch.lock("vllm-batch prune"):
+        if not batch.is_published() or batch.work().mode:
+            return  # begun anew while we asked
+        batch.input_path.unlink(missing_ok=True)  # first: what is left then counts as pruned
+        durable.sync_folder(batch.root)
         for generation in [p for p in batch.results_dir.glob("*/*") if p.is_dir()]:
             trash = durable.temporary_beside(batch.root / "pruned")
             generation.rename(trash)
             shutil.rmtree(trash)
         for part in batch.requests_dir.glob("part-*.parquet"):
             part.unlink()
-        batch.input_path.unlink(missing_ok=True)
 
 
 def _age(text: str) -> timedelta:

@@ -26,7 +26,7 @@ def list_models(as_json: AsJson = False) -> None:
     with common.errors_for_people():
         catalog = common.open_catalog()
         if as_json:
-            common.print_json([entry.model_dump(mode="json") for entry in catalog.entries.values()])
+            common.print_json([entry.model_dump(mode="json", exclude={"env"}) for entry in catalog.entries.values()])
             return
         table = Table("model", "engine", "source", "aliases", box=None, header_style="bold")
         for entry in catalog.entries.values():

@@ -62,7 +62,7 @@ def run(
             options["model"] = model
         dry_run: Literal["null"] | None = "null" if engine is EngineKind.NULL else None
         registration = common.open_store().register(
-            file, options, engine=dry_run, limit=limit, restore=mode is not Mode.RESUME
+            file, options, engine=dry_run, limit=limit, restore=mode is Mode.RESTART
         )
         batch = registration.batch
         if registration.note:
@@ -75,7 +75,7 @@ def run(
             _expect_engine(engine, catalog, checked.models)
             report = pipeline.answer(batch, catalog, starter, mode=mode, stop=stop, progress=progress)
             published = pipeline.publish(batch, stop=stop, progress=progress)
-        copies = _copy(batch, {"output.jsonl": output, "errors.jsonl": errors})
+            copies = _copy(batch, {"output.jsonl": output, "errors.jsonl": errors})
         document = {
             "key": batch.key,
             "status": "completed",

@@ -280,7 +280,7 @@ def _remove_older(batch: Batch, keep: str) -> None:
     durable.remove_temporaries(batch.outputs_dir)
     for entry in batch.current().values():
         now = batch.results_dir / entry["generation"]
-        for path in now.parent.iterdir():
+        for path in now.parent.iterdir() if now.is_dir() else ():
             if path != now and path.is_dir() and path.name.split("-")[0] == now.name.split("-")[0]:
                 path.rename(durable.temporary_beside(batch.root / "replaced"))
     durable.remove_temporaries(batch.root)

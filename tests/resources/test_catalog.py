@@ -41,7 +41,7 @@ models:
     assert (catalog.get("hosted").served_name, local.served_name) == ("their-name", "local")
     assert catalog.get("hub").local_source is None
     assert catalog.get("nothing").engine is catalog.get("bare").engine is EngineKind.NULL
-    assert catalog.names == {"local", "one", "org/one", "hosted", "hub", "nothing", "bare"}
+    assert set(catalog.names) == {"local", "one", "org/one", "hosted", "hub", "nothing", "bare"}
 
 
 @pytest.mark.parametrize(

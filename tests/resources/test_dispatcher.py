@@ -236,10 +236,30 @@ def test_line_that_never_gets_an_answer_is_a_row_with_the_reason(fault: Exceptio
 
 
 def test_last_answer_stands_when_attempts_are_used_up() -> None:
-    dispatch = Dispatch(FakeEngine(lambda request: refusal(503, "busy")))
+    dispatch = Dispatch(FakeEngine(lambda request: refusal(500, "busy")))
     assert dispatch.run(lines(2), max_attempts=4)
     assert len(dispatch.engine.asked) == 8
-    assert {(row.status_code, row.error_message, row.attempt) for row in dispatch.rows.values()} == {(503, "busy", 4)}
+    assert {(row.status_code, row.error_message, row.attempt) for row in dispatch.rows.values()} == {(500, "busy", 4)}
+
+
+def test_gateway_without_an_engine_behind_it_fails_the_run_and_not_its_lines() -> None:
+    dispatch = Dispatch(FakeEngine(lambda request: refusal(503, "no upstream")))
+    with pytest.raises(EngineDown, match="status 503"):
+        dispatch.run(lines(50), concurrency=8, outage_seconds=0.3)
+    assert dispatch.rows == {}
+
+
+def test_line_that_a_gateway_refuses_while_others_are_answered_gets_that_answer() -> None:
+    dispatch = Dispatch(FakeEngine(lambda request: refusal(504, "too slow") if request.line == 9 else ok(request)))
+    assert dispatch.run(lines(9), concurrency=2, max_attempts=2, outage_seconds=0.3)
+    assert [row.status_code for _, row in sorted(dispatch.rows.items())] == [200] * 8 + [504]
+
+
+def test_redirect_is_no_answer() -> None:
+    dispatch = Dispatch(FakeEngine(lambda request: refusal(302, "elsewhere")))
+    assert dispatch.run(lines(1))
+    assert dispatch.rows[1].failed
+    assert dispatch.rows[1].error_code == "http_302"
 
 
 def test_waits_grow_between_attempts() -> None:

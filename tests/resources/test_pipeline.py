@@ -8,11 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from resources import pipeline
+from resources.answering import Mode
 from resources.batch_store.batch import Batch
 from resources.batch_store.outputs import OutputSummary, verify_outputs
 from resources.batch_store.status import status_of
@@ -22,8 +24,7 @@ from resources.chunk_store.schema import RESULTS
 from resources.engine.catalog import Catalog, EngineKind, ModelEntry
 from resources.engine.factory import EngineStarter
 from resources.engine.protocol import EngineRequest, EngineResponse
-from resources.errors import BatchFailed, BatchStopped, EngineDown
-from resources.pipeline import Mode
+from resources.errors import BatchError, BatchFailed, BatchStopped, EngineDown
 from tests.helpers import (
     AnsweringServer,
     FakeEngine,
@@ -81,6 +82,10 @@ class World:
             (line["custom_id"], line["error"]["code"] if line["error"] else line["response"]["status_code"])
             for line in self.errors
         ]
+
+
+def texts(world: World) -> set[str]:
+    return {line["response"]["body"]["choices"][0]["message"]["content"] for line in world.output}
 
 
 class NoEngine:
@@ -382,9 +387,59 @@ def test_restart_that_was_cut_off_and_resumed_publishes_the_new_answers(tmp_path
     world.run(fake(lambda request: ok(request, "old")))
     with pytest.raises(BatchStopped):
         world.run(stopping_at(5, stop, "new"), mode=Mode.RESTART, stop=stop)
-    assert not world.batch.is_published()
+    assert texts(world) == {"old"}
+    assert not pipeline.is_complete(world.batch, catalog_of())
+    with world.batch.lock("test"):
+        pipeline.publish(world.batch)
+    assert texts(world) == {"old"}
     world.run(fake(lambda request: ok(request, "new")))
-    assert {line["response"]["body"]["choices"][0]["message"]["content"] for line in world.output} == {"new"}
+    assert texts(world) == {"new"}
+    assert 0 < world.report.asked < 10
+    assert pipeline.is_complete(world.batch, catalog_of())
+    assert len([path for path in world.batch.results_dir.glob("*/*") if path.is_dir()]) == 1
+
+
+def test_retry_that_was_cut_off_is_gone_on_with(tmp_path: Path) -> None:
+    world, stop = World(tmp_path, chats(10), chunk_rows=1), threading.Event()
+    world.run(fake(lambda request: refusal(400)))
+    with pytest.raises(BatchStopped):
+        world.run(stopping_at(5, stop, "new"), mode=Mode.RETRY_FAILED, stop=stop)
+    assert not pipeline.is_complete(world.batch, catalog_of())
+    world.run(fake(lambda request: ok(request, "new")))
+    assert len(world.output) == 10
+    assert pipeline.is_complete(world.batch, catalog_of())
+
+
+def test_restart_after_the_deadline_is_refused_and_loses_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path, chats(3))
+    world.run()
+    world.batch = world.register(deadline="2020-01-01T00:00:00Z")
+    with pytest.raises(BatchError, match="deadline has passed"):
+        world.run(NoEngine(), mode=Mode.RESTART)
+    assert len(world.output) == 3
+
+
+def test_results_of_a_rejected_batch_are_refused_too(tmp_path: Path) -> None:
+    world = World(tmp_path, chats(2) + "garbage\n", on_invalid="reject")
+    with pytest.raises(BatchFailed), world.batch.lock("test"):
+        pipeline.check(world.batch, catalog_of())
+    with pytest.raises(BatchFailed, match="1 of 3 lines"), world.batch.lock("test"):
+        pipeline.answer(world.batch, catalog_of(), NoEngine())
+
+
+def test_line_goes_to_the_model_that_its_name_means_now(tmp_path: Path) -> None:
+    def catalog(alias_of: str) -> Catalog:
+        return Catalog(
+            [ModelEntry(name=name, engine="null", aliases=("x",) if name == alias_of else ()) for name in ("a", "b")]
+        )
+
+    world = World(tmp_path, chat("1", model="a") + chat("2", model="x"))
+    world.run(catalog=catalog("a"))
+    world.run(catalog=catalog("b"), mode=Mode.RETRY_FAILED)
+    rows = pyarrow.dataset.dataset(world.batch.output_dir / "results").to_table().to_pylist()
+    assert [(row["line"], row["model"], row["status_code"]) for row in rows] == [(1, "a", 200), (2, "b", 200)]
+    world.run(catalog=catalog("b"))
+    assert world.report.asked == 0
 
 
 def test_deadline_makes_error_rows_that_a_later_run_may_still_answer(tmp_path: Path) -> None:

@@ -477,7 +477,7 @@ def test_media_domains_of_an_entry_are_passed_on() -> None:
     assert arguments[at + 1 : at + 3] == ["a.org", "b.org"]
 
 
-@pytest.mark.parametrize("key", ["uds", "served_model_name", "--api-key", "port"])
+@pytest.mark.parametrize("key", ["uds", "served_model_name", "port"])
 def test_arguments_that_are_ours_are_refused(key: str) -> None:
     with pytest.raises(CatalogError, match="take it out"):
         server_arguments(ModelEntry(name="m", source="o/m", engine_args={key: "x"}))

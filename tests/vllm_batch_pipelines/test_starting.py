@@ -232,8 +232,21 @@ def test_a_large_file_is_registered_by_a_run_of_its_own(world: World, monkeypatc
     (request,) = take(world).runs
     assert request.job_name == "register_files"
     assert world.store.keys() == []
+    assert [again.run_key for again in take(world).runs] == [request.run_key]  # Dagster starts a key once
+    job = world.job("register_files")
+    assert (
+        job.execute_in_process(
+            run_config={"ops": {"register": {"config": {"paths": ["not-there.jsonl"]}}}},
+            instance=world.instance,
+            tags=request.tags,
+            raise_on_error=False,
+        ).success
+        is False
+    )
+    (second,) = take(world).runs
+    assert second.run_key != request.run_key
+    assert job.execute_in_process(instance=world.instance, run_config=second.run_config, tags=second.tags).success
     assert take(world).runs == []
-    assert register(world, request.run_config).success
     (key,) = world.store.keys()
     assert key.startswith(path.stem)
     assert keys(tick(world, "submit")) == [key]

@@ -69,7 +69,7 @@ def errors_for_people() -> Iterator[None]:
     except OSError as error:
         stderr.print(f"[red]Error:[/] {escape(str(error))}")
         raise typer.Exit(Exit.UNUSABLE) from None
-    except (click.exceptions.Exit, click.exceptions.ClickException, click.exceptions.Abort):
+    except (typer.Exit, typer.Abort, click.exceptions.Exit, click.ClickException, click.Abort):
         raise
     except Exception as error:
         log.exception("unexpected")

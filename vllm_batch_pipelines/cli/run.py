@@ -138,14 +138,20 @@ def _copy(batch: Batch, targets: dict[str, Path | None]) -> dict[str, Path]:
     return places
 
 
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextlib.contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a run as Ctrl-C does: in-flight requests aborted, finished rows committed."""
+    """SIGTERM and SIGHUP end a run as Ctrl-C does: in-flight requests aborted, finished rows committed.
+
+    SIGINT is set too: a process that a script started in the background ignores it otherwise, `cancel` included.
+    """
 
     def interrupt(number: int, _: object) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    previous = {number: signal.signal(number, interrupt) for number in _ENDINGS}
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ up: venv ## start the stack: web UI, daemon, database (Ctrl-C stops all of it)
 test: venv demo-model ## all tests, those with a real vLLM included
 	@$(BIN)/pytest
 
-test-fast: venv ## the tests that need neither a model nor the whole stack: under a minute
+test-fast: venv ## the tests that need no model and no processes of ours: under a minute
 	@$(BIN)/pytest -m "not engine and not e2e"
 
 check: venv ## lint, format, types, import rules

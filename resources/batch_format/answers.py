@@ -1,11 +1,11 @@
 """Answers: what is worth a column in a response body, and the lines of `output.jsonl` and `errors.jsonl`."""
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 
 
-class Summary(NamedTuple):
+class Summary(msgspec.Struct, frozen=True, gc=False):
     """The parts of a response that people filter and count by; None where the response has none."""
 
     text: str | None = None

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
 
 import msgspec
 
@@ -45,7 +44,7 @@ With Python's 5 ms the commits of a fast engine took half of the run's time (26k
 Ask = Callable[[EngineRequest], Awaitable[EngineResponse]]
 
 
-class Pending(NamedTuple):
+class Pending(msgspec.Struct, frozen=True, gc=False):
     """A line to be asked. `attempts` is how often it was sent before."""
 
     line: int
@@ -325,7 +324,7 @@ class _Reach:
                 return True
             if self._answered is None:
                 return False
-            probe = self._answered._replace(request_id=f"{self._answered.request_id}-probe")
+            probe = msgspec.structs.replace(self._answered, request_id=f"{self._answered.request_id}-probe")
             try:
                 response = await ask(probe)
             except (TransportFailure, TimeoutError):

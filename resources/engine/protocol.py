@@ -1,9 +1,11 @@
 """The one method that every engine has."""
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 
-class EngineRequest(NamedTuple):
+class EngineRequest(msgspec.Struct, frozen=True, gc=False):
     """One request as the engine gets it: endpoint path, JSON body as bytes, and an id for its log."""
 
     line: int
@@ -12,7 +14,7 @@ class EngineRequest(NamedTuple):
     request_id: str
 
 
-class EngineResponse(NamedTuple):
+class EngineResponse(msgspec.Struct, frozen=True, gc=False):
     """What came back: HTTP status, JSON body as bytes, seconds to wait where the engine asked for it."""
 
     status: int

@@ -43,6 +43,9 @@ from tests.helpers import (
     read_jsonl,
 )
 
+pytestmark = pytest.mark.e2e
+
+
 LONG_ANSWER = "word " * 400
 
 

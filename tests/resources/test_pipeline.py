@@ -264,6 +264,7 @@ with batch.lock("the one that is killed"):
 """
 
 
+@pytest.mark.e2e
 def test_killed_run_loses_nothing_and_repeats_at_most_what_was_not_committed(tmp_path: Path) -> None:
     world = World(tmp_path, "".join(chat(f"r{n}", f"r{n}") for n in range(1, 101)), chunk_rows=10, flush_seconds=0.2)
     with AnsweringServer(hold=lambda _: len(server.asked) > 47) as server:

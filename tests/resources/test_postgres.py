@@ -19,6 +19,9 @@ from resources.postgres import EmbeddedPostgres, find_postgres_url, runtime_fold
 from resources.settings import Settings
 from tests.helpers import wait_until
 
+pytestmark = pytest.mark.e2e
+
+
 _OWNER = """
 import sys, time
 from pathlib import Path

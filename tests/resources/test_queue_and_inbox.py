@@ -120,6 +120,7 @@ def test_files_that_settled_come_oldest_first(inbox: Inbox) -> None:
     assert names(inbox) == ["old.jsonl.gz", "MID.JSONL.ZST", "new.jsonl"]
 
 
+@pytest.mark.e2e
 def test_growing_file_is_taken_when_its_writer_is_done_and_not_before(inbox: Inbox) -> None:
     path = drop(inbox.folder, "growing.jsonl", "", age_seconds=60)
     drop(inbox.folder, "whole.jsonl", "x")
@@ -137,6 +138,7 @@ def test_growing_file_is_taken_when_its_writer_is_done_and_not_before(inbox: Inb
     }
 
 
+@pytest.mark.e2e
 def test_file_that_was_just_written_is_waited_for(inbox: Inbox) -> None:
     drop(inbox.folder, "fresh.jsonl", "x", age_seconds=0)
     started = time.monotonic()

@@ -28,6 +28,9 @@ from resources.engine.vllm_server import (
 from resources.errors import BatchStopped, CatalogError, EngineStartFailed, SettingsError
 from tests.helpers import wait_until
 
+pytestmark = pytest.mark.e2e
+
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Answers every GET with 200 on the socket that `--uds` names, and has a child; both carry the socket's path in their

@@ -35,6 +35,9 @@ from tests.helpers import (
 )
 from vllm_batch_pipelines.cli.main import app
 
+pytestmark = pytest.mark.e2e
+
+
 BAD = chat("a") + "not json\n" + chat("b", model="nobody")
 
 

@@ -117,6 +117,7 @@ def test_a_dropped_file_becomes_a_batch_with_a_start_request(world: World) -> No
     assert path.exists()
 
 
+@pytest.mark.e2e
 def test_a_file_that_still_grows_is_not_taken(world: World) -> None:
     path = world.drop("growing.jsonl", world.chats(1))
     with path.open("a") as writer:
@@ -130,6 +131,7 @@ def test_a_file_that_still_grows_is_not_taken(world: World) -> None:
     assert world.store.get(key).spec.lines == 3
 
 
+@pytest.mark.e2e
 def test_a_file_written_just_now_is_taken_once_it_has_rested(world: World) -> None:
     (world.settings.inbox_dir / "fresh.jsonl").write_text(world.chats(1))
     began = time.monotonic()

@@ -18,6 +18,9 @@ from websockets.typing import Origin, Subprotocol
 
 from tests.helpers import wait_until
 
+pytestmark = pytest.mark.e2e
+
+
 _DEFINITIONS = """
 import dagster as dg
 

@@ -11,6 +11,7 @@ from typing import Any
 from resources.batch_store.batch import Batch
 from resources.batch_store.requests import RequestsSummary, lines_of, valid_rows
 from resources.chunk_store.generation import Committed, Generation
+from resources.chunk_store.ledger import Booking, Ledger, Tokens, booking
 from resources.chunk_store.writer import ChunkWriter
 from resources.engine.catalog import ModelEntry
 from resources.engine.dispatcher import Counts, Dispatcher, DispatchOptions, Pending
@@ -45,6 +46,10 @@ class ModelReport:
     completion_tokens: int = 0
     seconds: float = 0.0
     load_seconds: float = 0.0
+    engine_restarts: int = 0
+    quarantined: int = 0
+    tokens: Booking | None = None
+    """Of all runs of this generation; None where the engine does not tell what it made."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -87,6 +92,7 @@ class Answering:
         state.only(mine)
         if self._stop.is_set() and not complete:
             raise BatchStopped(f"{self._batch.key}: stopped with {state.done} of {self._total} lines answered.")
+        report.tokens = booking(generation.folder, _tokens(state))
         if complete and state.done != self._total:
             raise CheckpointError(f"{self._batch.key}: {state.done} of {self._total} lines have a row; this is a bug.")
         return report, state, complete
@@ -103,6 +109,7 @@ class Answering:
         options, entry = self._batch.spec.options, self._entry
         transform = body_transform(options, entry)
         writer = ChunkWriter(self._generation, state, options.chunk_rows)
+        ledger = Ledger(self._generation.folder, _tokens(state))
         done, failed_before = state.done, state.failures
         total = sum(self._summary.models.values())
         attempts = state.attempts
@@ -117,7 +124,7 @@ class Answering:
         with self._engines.start(entry, self._stop, waiting) as engine:
             report.load_seconds = engine.load_seconds
             dispatcher = Dispatcher(
-                engine.connect,
+                engine,
                 writer.commit,
                 DispatchOptions(
                     concurrency=entry.concurrency,
@@ -128,12 +135,12 @@ class Answering:
                     deadline=deadline,
                 ),
                 request_id_prefix=self._batch.spec.identity[:12],
-                died=engine.died,
             )
             started = time.monotonic()
 
             def tick(counts: Counts) -> None:
                 seconds = max(time.monotonic() - started, 1e-6)
+                ledger.note(counts.lives)
                 tell(
                     Progress(
                         "answer",
@@ -142,6 +149,7 @@ class Answering:
                         failed_before + counts.failed,
                         counts.completion_tokens / seconds,
                         counts.finished / seconds,
+                        note=counts.note,
                     )
                 )
 
@@ -152,5 +160,12 @@ class Answering:
                 counts = dispatcher.counts
                 report.asked, report.failed = counts.finished, counts.failed
                 report.truncated, report.retries = counts.truncated, counts.retries
+                report.engine_restarts, report.quarantined = counts.engine_restarts, counts.quarantined
                 report.prompt_tokens, report.completion_tokens = counts.prompt_tokens, counts.completion_tokens
                 writer.finish()
+                ledger.note(counts.lives, durable_write=True)
+
+
+def _tokens(state: Committed) -> Tokens:
+    """What the rows of a generation cost, superseded ones included."""
+    return Tokens(state.prompt_tokens, state.completion_tokens)

@@ -27,8 +27,8 @@ from resources.batch_store.batch import Batch
 from resources.batch_store.inbox import Inbox
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog, EngineKind, ModelEntry, load_catalog
-from resources.engine.factory import EngineStarter, RunningEngine
-from resources.engine.protocol import EngineRequest, EngineResponse
+from resources.engine.factory import EngineStarter
+from resources.engine.protocol import EngineRequest, EngineResponse, RunningEngine
 from resources.settings import Settings, load_settings, settings
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ models:
     env: {VLLM_LOGGING_LEVEL: INFO}  # of the server process
     aliases: [my-alias]
     defaults: {temperature: 0}       # body fields for requests that do not set them
-    concurrency: 64                  # requests in flight
+    concurrency: 64                  # requests in flight; left out, as many as the server takes
 """
 
 import difflib
@@ -51,7 +51,9 @@ class ModelEntry(BaseModel):
     api_key_env: str | None = Field(None, description="openai: name of the environment variable with the key.")
     aliases: tuple[str, ...] = ()
     defaults: dict[str, Any] = Field(default_factory=dict)
-    concurrency: int = Field(64, ge=1, le=4096)
+    concurrency: int | None = Field(
+        None, ge=1, le=4096, description="Requests in flight. Default: as many as the server says it takes, or 64."
+    )
     startup_timeout: float = Field(900, gt=0, description="Seconds a vLLM server may take to come up.")
 
     @field_validator("engine", mode="before")
@@ -90,6 +92,12 @@ class ModelEntry(BaseModel):
     def served_name(self) -> str:
         """The name the engine knows the model by."""
         return self.source if self.engine is EngineKind.OPENAI and self.source else self.name
+
+    @property
+    def most_running(self) -> int | None:
+        """How many requests a vLLM server runs at once, where the entry says so."""
+        said = {key.lstrip("-").replace("_", "-"): value for key, value in self.engine_args.items()}.get("max-num-seqs")
+        return said if isinstance(said, int) and said > 0 else None
 
     @property
     def local_source(self) -> Path | None:

@@ -6,42 +6,57 @@ bounded in rows and bytes on both sides: the engine waits for a commit only when
 
 The event loop runs in a thread of its own. The caller's thread waits and turns an interrupt into a stop, so no
 exception lands in the middle of a commit.
+
+What is told elsewhere: `level.py`, how many are in flight; `breaker.py`, an engine out of reach; `suspects.py`, a
+request that kills it.
 """
 
 import asyncio
+import contextlib
 import random
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any, Literal
 
 import msgspec
 
-from resources.batch_format.answers import one_line, summarize
-from resources.chunk_store.schema import ChunkRow, is_success
+from resources.chunk_store.schema import ChunkRow
 from resources.chunk_store.writer import MAX_CHUNK_BYTES
-from resources.engine.protocol import Engine, EngineRequest, EngineResponse, TransportFailure
+from resources.engine.breaker import Ask, Breaker, EngineGone
+from resources.engine.level import Level
+from resources.engine.protocol import (
+    Engine,
+    EngineRequest,
+    EngineResponse,
+    Load,
+    Metered,
+    RunningEngine,
+    TransportFailure,
+)
+from resources.engine.rows import answered, unanswered
+from resources.engine.suspects import Suspects
 from resources.errors import EngineDown
 
 TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-GATEWAY_STATUS = frozenset({429, 502, 503, 504})
-"""Of these, what a gateway says for an engine that is not there, or not for us: no word about the request itself."""
+UNSURE_STATUS = frozenset({429, 500, 502, 503, 504})
+"""Of these, what an engine (or a gateway before it) also says when it answers nobody."""
 MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
-_MAX_INT8 = 127
+MAX_USELESS_DEATHS = 2
+MAX_QUARANTINED_IN_A_ROW = 5
 _COMMITS_WAITING = 2
 _ROWS_BETWEEN_YIELDS = 64
 _TICK_SECONDS = 0.25
+_LOAD_SECONDS = 1.0
+_LOAD_TIMEOUT = 10.0
 _LONGEST_RETRY_AFTER = 600.0
 _SWITCH_SECONDS = 0.0005
 """How long the event loop may keep the interpreter from the committing thread, which needs it for moments at a time.
 With Python's 5 ms the commits of a fast engine took half of the run's time (26k rows/s; 40k with this)."""
-
-
-Ask = Callable[[EngineRequest], Awaitable[EngineResponse]]
 
 
 class Pending(msgspec.Struct, frozen=True, gc=False):
@@ -55,10 +70,11 @@ class Pending(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True)
 class DispatchOptions:
-    """`request_timeout` is None for an engine in this process, which cannot hang. `outage_seconds` is how long an
-    engine may be out of reach before the run fails with its rows uncommitted."""
+    """`concurrency` is how many requests are in flight; None follows what the engine can take. `request_timeout` is
+    None for an engine in this process, which cannot hang. `outage_seconds` is how long an engine may be out of reach
+    before the run fails with its rows uncommitted (one of ours is restarted then)."""
 
-    concurrency: int
+    concurrency: int | None
     chunk_rows: int = 1000
     flush_seconds: float = 5
     max_attempts: int = 3
@@ -70,7 +86,11 @@ class DispatchOptions:
 
 @dataclass
 class Counts:
-    """What this dispatch has done so far. Tokens are those the engine reported."""
+    """What this dispatch has done so far. Tokens are those of finished rows, as the engine reported them.
+
+    `lives` are those of an engine that tells its load, one more after each restart. `note` is for people, while an
+    engine starts anew.
+    """
 
     finished: int = 0
     failed: int = 0
@@ -79,34 +99,62 @@ class Counts:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     in_flight: int = 0
+    engine_restarts: int = 0
+    quarantined: int = 0
+    lives: list["Life"] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass
+class Life:
+    """What an engine said when we came and when it was asked last; the tokens of the rows that finished until then
+    (`useful`: prompt, completion). `ended` is None while it goes on."""
+
+    first: Load
+    last: Load
+    useful_before: tuple[int, int]
+    useful: tuple[int, int] = (0, 0)
+    ended: Literal["closed", "crashed"] | None = None
+
+
+@dataclass
+class _Round:
+    """Requests that are asked with so many in flight, until the source is dry."""
+
+    source: Iterator[Pending]
+    level: Level
+    dry: bool = False
+    workers: int = 0
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Dispatcher:
     """One dispatch of many requests to one engine.
 
-    `connect` opens the engine inside the event loop. `commit` is called in one other thread with the next rows, and may
-    block. `died` tells why an engine that we own is gone, None while it lives.
+    `commit` is called in one other thread with the next rows, and may block.
     """
 
     def __init__(
         self,
-        connect: Callable[[], AbstractAsyncContextManager[Engine]],
+        engine: RunningEngine,
         commit: Callable[[list[ChunkRow]], None],
         options: DispatchOptions,
         *,
         request_id_prefix: str,
-        died: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.counts = Counts()
-        self._connect = connect
+        self._engine = engine
         self._commit = commit
         self._options = options
         self._prefix = request_id_prefix
-        self._reach = _Reach(options, died)
         self._deadline = options.deadline.timestamp() if options.deadline else None
+        self._suspects: Suspects[Pending] = Suspects()
+        self._in_flight: dict[int, Pending] = {}
+        self._in_flight_bytes = 0
+        self._useless_deaths = 0
+        self._quarantined_in_a_row = 0
         self._rows: list[ChunkRow] = []
         self._rows_bytes = 0
-        self._in_flight_bytes = 0
 
     def run(
         self, requests: Iterable[Pending], stop: threading.Event, tick: Callable[[Counts], None] = lambda _: None
@@ -117,7 +165,8 @@ class Dispatcher:
         in flight, commits what is finished, and goes on to the caller.
 
         Raises:
-            EngineDown: the engine is gone; rows without an answer are not committed.
+            EngineDown: the engine is gone for good; rows without an answer are not committed.
+            EngineStartFailed: it died and did not come up again.
         """
         outcome: list[bool | BaseException] = []
         finished = threading.Event()
@@ -147,43 +196,137 @@ class Dispatcher:
         tick(self.counts)
         return outcome[0]
 
+    # --- Lives of the engine ------------------------------------------------------------------------------------------
+
     async def _dispatch(self, source: Iterator[Pending], stop: threading.Event) -> bool:
         self._loop = asyncio.get_running_loop()
         self._commit_slots = asyncio.Semaphore(_COMMITS_WAITING)
         self._drained = asyncio.Event()
         self._commits: set[asyncio.Future[None]] = set()
-        self._expired = False
+        self._stopped = self._expired = False
         with ThreadPoolExecutor(1, thread_name_prefix="commit") as self._committer:
-            async with self._connect() as engine:
-                ask = _bounded(engine.ask, self._options.request_timeout)
-                workers = [asyncio.create_task(self._work(ask, source)) for _ in range(self._options.concurrency)]
-                helpers = [asyncio.create_task(self._flush_by_time()), asyncio.create_task(_until(stop))]
-                try:
-                    complete = await self._until_done(workers, helpers)
-                finally:
-                    for task in [*workers, *helpers]:
-                        task.cancel()
-                    await asyncio.gather(*workers, *helpers, return_exceptions=True)
-                    while self._rows:
-                        await self._flush()
-                    await asyncio.gather(*self._commits)
-        return complete
+            try:
+                while True:
+                    try:
+                        async with self._engine.connect() as engine:
+                            await self._life(engine, source, stop)
+                        return not (self._stopped or self._expired)
+                    except (EngineGone, EngineDown) as death:
+                        await self._revive(death)
+            finally:
+                await self._flush_all()
+                await asyncio.gather(*self._commits)
 
-    async def _until_done(self, workers: list[asyncio.Task[None]], helpers: list[asyncio.Task[None]]) -> bool:
-        """Whether all was asked: False when a stop or the deadline came first. Raises the first error of any task."""
-        pending: set[asyncio.Task[None]] = {*workers, *helpers}
-        _, stopper = helpers
-        while not stopper.done() and any(not worker.done() for worker in workers):
-            finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in finished:
-                task.result()
-        return all(worker.done() for worker in workers) and not self._expired
+    async def _life(self, engine: Engine, source: Iterator[Pending], stop: threading.Event) -> None:
+        """Ask until all is answered, a stop, the deadline, or the engine's death."""
+        self._ask = _bounded(engine.ask, self._options.request_timeout)
+        self._breaker = Breaker(self._ask, self._options.outage_seconds, self._engine.died)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+        self._round = _Round(iter(()), Level(1), dry=True)
+        self._life_now: Life | None = None
+        await self._note_load(engine)
+        try:
+            for helper in (self._until(stop), self._breaker.watch(), self._flush_by_time(), self._watch_load(engine)):
+                self._start(helper)
+            if self._suspects:
+                self._start(self._prove_the_engine(self._suspects.any()))
+                await self._round_is_done()
+            while self._suspects and not self._stopped:
+                group = self._suspects.next()
+                await self._ask_all(iter(group), Level(len(group)))
+                self._suspects.cleared()
+            if not self._stopped:
+                await self._ask_all(source, Level(self._options.concurrency, self._engine.most_running))
+        except (EngineGone, EngineDown):
+            self._close_life("crashed")
+            raise
+        finally:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._failure is None:
+                await self._note_load(engine)
+                self._close_life("closed")
 
-    async def _work(self, ask: Ask, source: Iterator[Pending]) -> None:
-        for count, pending in enumerate(source, 1):
-            if self._past_deadline():
-                self._expired = True
-                return
+    async def _revive(self, death: Exception) -> None:
+        """Find out more about why the engine died, and start it anew. Raises EngineDown where that makes no sense."""
+        restart = self._engine.restart
+        if restart is None:
+            raise EngineDown(str(death)) from None
+        lost, self._in_flight = list(self._in_flight.values()), {}
+        self._useless_deaths += 1
+        if self._useless_deaths > MAX_USELESS_DEATHS or self._quarantined_in_a_row >= MAX_QUARANTINED_IN_A_ROW:
+            raise EngineDown(f"The engine dies whatever it is asked. {death}") from None
+        guilty = self._suspects.engine_died(lost)
+        if guilty is not None:
+            self._quarantine(guilty, str(death))
+        await self._flush_all()
+        self.counts.engine_restarts += 1
+
+        def note(text: str) -> None:
+            self.counts.note = f"the engine died and starts anew; {text}"
+
+        await self._loop.run_in_executor(None, restart, note)
+        self.counts.note = ""
+
+    async def _prove_the_engine(self, like: Pending) -> None:
+        """See that the new engine answers something at all, so that it is right to blame a request."""
+        await self._breaker.prove(EngineRequest(like.line, like.url, like.body, f"{self._prefix}-{like.line}"))
+        self._useless_deaths = 0
+        _settle(self._round.done)
+
+    def _quarantine(self, pending: Pending, why: str) -> None:
+        message = f"the engine died twice while this request was alone with it: {why.splitlines()[0][:500]}"
+        now = time.time_ns() // 1000
+        attempt = pending.attempts + 1
+        request_id = f"{self._prefix}-{pending.line}-{attempt}"
+        self._finish(unanswered(pending.line, request_id, "engine_crash", message, now, attempt))
+        self.counts.quarantined += 1
+        self._quarantined_in_a_row += 1
+
+    # --- Requests -----------------------------------------------------------------------------------------------------
+
+    async def _ask_all(self, source: Iterator[Pending], level: Level) -> None:
+        self._round = _Round(source, level)
+        self._hire()
+        await self._round_is_done()
+
+    async def _round_is_done(self) -> None:
+        """Wait for it, or for the first task that fails, whose error is raised."""
+        if self._failure is None:
+            await self._round.done
+        if self._failure is not None:
+            raise self._failure
+
+    def _hire(self) -> None:
+        """Have as many workers as requests are wanted in flight."""
+        round_ = self._round
+        while not round_.dry and round_.workers < round_.level.now:
+            round_.workers += 1
+            self._start(self._work(round_))
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failure = self._failure or error
+            _settle(self._round.done)
+
+    async def _work(self, round_: _Round) -> None:
+        count = 0
+        while round_.workers <= round_.level.now:
+            pending = None if self._past_deadline() else next(round_.source, None)
+            if pending is None:
+                self._expired |= self._past_deadline()
+                round_.dry = True
+                break
+            self._in_flight[pending.line] = pending
             size = len(pending.body)
             while self._in_flight_bytes and self._in_flight_bytes + size > MAX_IN_FLIGHT_BYTES:
                 self._drained.clear()
@@ -191,70 +334,86 @@ class Dispatcher:
             self._in_flight_bytes += size
             self.counts.in_flight += 1
             try:
-                row = await self._answer(ask, pending)
+                row = await self._answer(pending)
             finally:
                 self._in_flight_bytes -= size
                 self.counts.in_flight -= 1
                 self._drained.set()
-            self._count(row)
-            self._rows.append(row)
-            self._rows_bytes += row.nbytes
+            del self._in_flight[pending.line]
+            self._finish(row)
             while self._chunk_is_full():
                 await self._flush(self._chunk_is_full)
+            count += 1
             if count % _ROWS_BETWEEN_YIELDS == 0:
                 await asyncio.sleep(0)
+        round_.workers -= 1
+        if round_.dry and not round_.workers:
+            _settle(round_.done)
 
-    async def _answer(self, ask: Ask, pending: Pending) -> ChunkRow:
+    async def _answer(self, pending: Pending) -> ChunkRow:
         """One row, whatever happens to it: retried while that may help, then with its last failure as the answer."""
-        options, reach, sent = self._options, self._reach, 0
+        options, breaker, sent = self._options, self._breaker, 0
         started = time.time_ns() // 1000
         while True:
+            if not breaker.is_closed:
+                await breaker.passage()
             sent += 1
             attempt = pending.attempts + sent
             request = EngineRequest(pending.line, pending.url, pending.body, f"{self._prefix}-{pending.line}-{attempt}")
-            wait = None
+            wait, unsure = 0.0, True
             tried_at = time.monotonic()
             try:
-                response = await ask(request)
-                row = _answered(request, response, started, attempt)
+                response = await self._ask(request)
+                row = answered(request, response, started, attempt)
                 if response.status not in TRANSIENT_STATUS:
-                    reach.answered(request)
+                    breaker.answered()
+                    self._useless_deaths = self._quarantined_in_a_row = 0
+                    self._round.level.fine()
                     return row
-                wait = response.retry_after
-                if response.status not in GATEWAY_STATUS:
-                    reach.answered(None)
-                elif sent >= options.max_attempts and not await reach.answers_others(ask, tried_at):
-                    reach.failed()
-                    sent -= 1
-                    await reach.wait(f"status {response.status}")
-                    continue
+                wait = min(response.retry_after or 0.0, _LONGEST_RETRY_AFTER)
+                unsure = response.status in UNSURE_STATUS
+                if response.status == 429:
+                    self._round.level.too_much()
+                elif unsure:
+                    breaker.failed(request, f"status {response.status}")
+                else:
+                    breaker.answered()
             except TimeoutError:
                 message = f"no answer within {options.request_timeout:g} s"
-                row = _unanswered(request, "request_timeout", message, started, attempt)
+                row = unanswered(pending.line, request.request_id, "request_timeout", message, started, attempt)
+                self._round.level.too_much()
+                breaker.failed(request, message)
             except TransportFailure as failure:
-                row = _unanswered(request, "connection_error", str(failure)[:500], started, attempt)
-                reach.failed()
-                given_up = sent >= options.max_attempts and not failure.unreachable
-                if failure.unreachable or (given_up and not await reach.answers_others(ask, tried_at)):
+                row = unanswered(
+                    pending.line, request.request_id, "connection_error", str(failure)[:500], started, attempt
+                )
+                breaker.failed(request, str(failure), unreachable=failure.unreachable)
+                if failure.unreachable:
                     sent -= 1
-                    await reach.wait(str(failure))
                     continue
             if sent >= options.max_attempts or self._past_deadline():
-                return row
+                if not unsure or await breaker.is_there(request, tried_at):
+                    return row
+                sent -= 1
+                continue
             self.counts.retries += 1
             backoff = min(options.backoff_seconds * 2 ** min(sent, 6), 30) * random.uniform(0.5, 1)
-            await asyncio.sleep(max(min(wait or 0, _LONGEST_RETRY_AFTER), backoff))
+            await asyncio.sleep(max(wait, backoff))
 
     def _past_deadline(self) -> bool:
         return self._deadline is not None and time.time() >= self._deadline
 
-    def _count(self, row: ChunkRow) -> None:
+    def _finish(self, row: ChunkRow) -> None:
+        self._rows.append(row)
+        self._rows_bytes += row.nbytes
         counts = self.counts
         counts.finished += 1
         counts.failed += row.failed
         counts.truncated += row.finish_reason == "length"
         counts.prompt_tokens += row.prompt_tokens or 0
         counts.completion_tokens += row.completion_tokens or 0
+
+    # --- Commits ------------------------------------------------------------------------------------------------------
 
     def _chunk_is_full(self) -> bool:
         return len(self._rows) >= self._options.chunk_rows or self._rows_bytes >= MAX_CHUNK_BYTES
@@ -274,6 +433,10 @@ class Dispatcher:
         self._commits.add(commit)
         commit.add_done_callback(lambda _: self._commit_slots.release())
 
+    async def _flush_all(self) -> None:
+        while self._rows:
+            await self._flush()
+
     async def _flush_by_time(self) -> None:
         """Commit what finished in the last `flush_seconds`, and notice a commit that failed."""
         step = min(self._options.flush_seconds, 0.5)
@@ -288,112 +451,52 @@ class Dispatcher:
                 if self._rows:
                     await self._flush()
 
+    # --- Beside the requests ------------------------------------------------------------------------------------------
 
-class _Reach:
-    """Tells one request's bad luck from an engine that is out of reach.
+    async def _until(self, stop: threading.Event) -> None:
+        while not stop.is_set():
+            await asyncio.sleep(0.1)
+        self._stopped = True
+        _settle(self._round.done)
 
-    A line without an answer gets an error row only when the engine has shown since that it answers others: by itself,
-    or asked again for something that it answered before. Otherwise nothing counts, all wait, longer each time, and
-    after `outage_seconds` the run fails, rather than a million rows with the same error.
-    """
+    async def _watch_load(self, engine: Engine) -> None:
+        """Have as many requests in flight as the engine can take."""
+        while self._life_now is not None:
+            await asyncio.sleep(_LOAD_SECONDS)
+            await self._note_load(engine)
+            self._round.level.follow(self._life_now.last, self.counts.in_flight)
+            self._hire()
 
-    def __init__(self, options: DispatchOptions, died: Callable[[], str | None]) -> None:
-        self._limit = options.outage_seconds
-        self._died = died
-        self._probing = asyncio.Lock()
-        self._answered: EngineRequest | None = None
-        self._answered_at = 0.0
-        self._lost_at: float | None = None
+    async def _note_load(self, engine: Engine) -> None:
+        """Ask the engine how it is, where it is one that tells."""
+        load = None
+        if isinstance(engine, Metered):
+            with contextlib.suppress(TransportFailure, TimeoutError):
+                async with asyncio.timeout(_LOAD_TIMEOUT):
+                    load = await engine.load()
+        if load is None:
+            return
+        counts = self.counts
+        if self._life_now is None:
+            self._life_now = Life(load, load, (counts.prompt_tokens, counts.completion_tokens))
+            counts.lives.append(self._life_now)
+        self._life_now.last = load
+        self._note_useful()
 
-    def answered(self, request: EngineRequest | None) -> None:
-        """Note an answer; `request` where it can be asked again to see whether the engine is there."""
-        self._answered = request or self._answered
-        self._answered_at, self._lost_at = time.monotonic(), None
+    def _note_useful(self) -> None:
+        if self._life_now is not None:
+            before, counts = self._life_now.useful_before, self.counts
+            self._life_now.useful = (counts.prompt_tokens - before[0], counts.completion_tokens - before[1])
 
-    def failed(self) -> None:
-        """Note a failure. Raises EngineDown where an engine that we own is gone."""
-        gone = self._died()
-        if gone:
-            raise EngineDown(gone)
-        self._lost_at = self._lost_at or time.monotonic()
-
-    async def answers_others(self, ask: Ask, since: float) -> bool:
-        """Whether the engine has answered anything since then; asks it, where nothing else tells."""
-        async with self._probing:
-            if self._answered_at > since:
-                return True
-            if self._answered is None:
-                return False
-            probe = msgspec.structs.replace(self._answered, request_id=f"{self._answered.request_id}-probe")
-            try:
-                response = await ask(probe)
-            except (TransportFailure, TimeoutError):
-                return False
-            if response.status in GATEWAY_STATUS:
-                return False
-            self.answered(None)
-            return True
-
-    async def wait(self, failure: str) -> None:
-        """Wait half as long as the engine has been away, within bounds. Raises EngineDown where that is too long."""
-        away = time.monotonic() - (self._lost_at or time.monotonic())
-        if away > self._limit:
-            raise EngineDown(f"The engine has been out of reach for {self._limit:g} s ({failure}).")
-        await asyncio.sleep(min(max(away / 2, 0.5), self._limit / 4, 16) * random.uniform(0.5, 1))
+    def _close_life(self, how: Literal["closed", "crashed"]) -> None:
+        if self._life_now is not None:
+            self._note_useful()
+            self._life_now.ended = how
 
 
-class _ErrorDetail(msgspec.Struct):
-    message: str | None = None
-
-
-class _ErrorBody(msgspec.Struct):
-    error: _ErrorDetail | None = None
-    message: str | None = None
-
-
-_decode_error = msgspec.json.Decoder(_ErrorBody).decode
-
-
-def _answered(request: EngineRequest, response: EngineResponse, started: int, attempt: int) -> ChunkRow:
-    try:
-        body = one_line(response.body)
-        body.decode()
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise TransportFailure("the answer is not JSON in UTF-8") from None
-    summary = summarize(body)
-    refused = not is_success(response.status)
-    return ChunkRow(
-        request.line,
-        response.status,
-        response.request_id,
-        body,
-        summary.finish_reason,
-        f"http_{response.status}" if refused else None,
-        _refusal(body) if refused else None,
-        summary.prompt_tokens,
-        summary.completion_tokens,
-        summary.cached_tokens,
-        started,
-        time.time_ns() // 1000,
-        min(attempt, _MAX_INT8),
-    )
-
-
-def _refusal(body: bytes) -> str | None:
-    try:
-        error = _decode_error(body)
-    except msgspec.DecodeError:
-        return None
-    message = error.error.message if error.error else error.message
-    return message[:2000] if message else None
-
-
-def _unanswered(request: EngineRequest, code: str, message: str, started: int, attempt: int) -> ChunkRow:
-    now = time.time_ns() // 1000
-    return ChunkRow(
-        request.line, None, request.request_id, None, None, code, message, None, None, None, started, now,
-        min(attempt, _MAX_INT8),
-    )  # fmt: skip
+def _settle(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
 
 
 def _next_chunk(rows: list[ChunkRow], most: int) -> list[ChunkRow]:
@@ -426,8 +529,3 @@ def _bounded(ask: Ask, seconds: float | None) -> Ask:
             return await ask(request)
 
     return bounded
-
-
-async def _until(stop: threading.Event) -> None:
-    while not stop.is_set():
-        await asyncio.sleep(0.1)

@@ -1,6 +1,7 @@
 """The HTTP engine: any OpenAI-compatible server, by URL or on a Unix socket."""
 
 import ipaddress
+import re
 import urllib.request
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -12,12 +13,16 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from resources.engine.protocol import EngineRequest, EngineResponse, TransportFailure
+from resources.engine.protocol import EngineRequest, EngineResponse, Load, TransportFailure
 from resources.errors import SettingsError
 
 MAX_RESPONSE_BYTES = 256 * 1024 * 1024
 CONNECT_SECONDS = 30.0
 KEEP_ALIVE_SECONDS = 4.0  # vLLM closes idle connections after 5 s: let go first, not into a request on its way
+
+_GAUGES = ("num_requests_running", "num_requests_waiting", "prompt_tokens_total", "generation_tokens_total")
+# A sample of vLLM's /metrics; one a data-parallel engine. (Format: Prometheus' text exposition, version 0.0.4.)
+_SAMPLE = re.compile(rf"^vllm:({'|'.join(_GAUGES)})(?:\{{.*\}})? ([0-9.e+]+)", re.M)
 
 
 class Endpoint:
@@ -116,6 +121,24 @@ class Endpoint:
             request_id=response.headers.get("X-Request-Id") or request.request_id,
             retry_after=_retry_after(response.headers.get("Retry-After")),
         )
+
+    async def load(self) -> Load | None:
+        """What a vLLM server says of its load; None where the server is another one, or does not say.
+
+        Raises:
+            TransportFailure: no whole answer came.
+        """
+        if self._session is None:
+            raise RuntimeError("Endpoint.load outside of `async with`")
+        try:
+            async with self._session.get(self._url("/metrics"), allow_redirects=False) as response:
+                text = (await self._read(response)).decode("utf-8", "replace") if response.status == 200 else ""
+        except (aiohttp.ClientError, OSError) as error:
+            raise TransportFailure(self._safe(f"{type(error).__name__}: {error}"[:300])) from None
+        found = dict.fromkeys(_GAUGES, -1)
+        for name, value in _SAMPLE.findall(text):
+            found[name] = max(found[name], 0) + int(float(value))
+        return Load(*found.values()) if min(found.values()) >= 0 else None
 
     def _url(self, path: str) -> URL:
         """Where a request goes. OpenAI paths hang below base_url, which may end otherwise than in /v1 (gateways do);

@@ -3,26 +3,16 @@
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from resources.engine.catalog import EngineKind, ModelEntry
 from resources.engine.endpoint import Endpoint
 from resources.engine.null import NullEngine
-from resources.engine.protocol import Engine
+from resources.engine.protocol import Engine, RunningEngine
 from resources.engine.vllm_server import VllmServer
 from resources.errors import EngineStartFailed
-
-
-@dataclass(frozen=True)
-class RunningEngine:
-    """An engine that is up. `connect` opens it inside an event loop; `died` tells why one that we own is gone."""
-
-    connect: Callable[[], AbstractAsyncContextManager[Engine]]
-    load_seconds: float = 0.0
-    died: Callable[[], str | None] = lambda: None
-    in_process: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,15 +38,27 @@ class EngineStarter:
             with VllmServer(entry, runtime_dir=self.runtime_dir, log_dir=self.log_dir) as server:
                 server.start(should_stop=stop.is_set, progress=waiting)
 
-                def died() -> str | None:
-                    reason = server.end_reason
-                    return (
-                        f"The vLLM server of `{entry.name}` is gone ({reason}).\n{server.log_tail()}"
-                        if reason
-                        else None
-                    )
+                yield _running(server, stop)
 
-                yield RunningEngine(lambda: Endpoint(socket_path=server.socket_path), server.load_seconds or 0.0, died)
+
+def _running(server: VllmServer, stop: threading.Event) -> RunningEngine:
+    name = server.entry.name
+
+    def died() -> str | None:
+        reason = server.end_reason
+        return f"The vLLM server of `{name}` is gone ({reason}).\n{server.log_tail()}" if reason else None
+
+    def restart(note: Callable[[str], None]) -> None:
+        server.stop()
+        server.start(should_stop=stop.is_set, progress=note)
+
+    return RunningEngine(
+        connect=lambda: Endpoint(socket_path=server.socket_path),
+        load_seconds=server.load_seconds or 0.0,
+        died=died,
+        restart=restart,
+        most_running=server.entry.most_running,
+    )
 
 
 @asynccontextmanager

@@ -1,6 +1,9 @@
-"""The one method that every engine has."""
+"""The one method that every engine has, and what comes with an engine that is up."""
 
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -42,3 +45,37 @@ class Engine(Protocol):
     """
 
     async def ask(self, request: EngineRequest) -> EngineResponse: ...
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What an engine says of itself: requests running and waiting now, tokens since its process started."""
+
+    running: int
+    waiting: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """An engine that can tell its load. None where it does not."""
+
+    async def load(self) -> Load | None: ...
+
+
+@dataclass(frozen=True)
+class RunningEngine:
+    """An engine that is up. `connect` opens it inside an event loop.
+
+    For an engine that we own: `died` tells why it is gone, None while it lives; `restart` ends what is left of it and
+    starts it anew, which takes minutes; it gets a callback for words about how far it is, and raises EngineStartFailed
+    or BatchStopped.
+    """
+
+    connect: Callable[[], AbstractAsyncContextManager[Engine]]
+    load_seconds: float = 0.0
+    died: Callable[[], str | None] = lambda: None
+    restart: Callable[[Callable[[str], None]], None] | None = None
+    in_process: bool = False
+    most_running: int | None = None
+    """How many requests it runs at once, where that is known."""

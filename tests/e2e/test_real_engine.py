@@ -22,8 +22,8 @@ from resources import pipeline
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog, ModelEntry
 from resources.engine.endpoint import Endpoint
-from resources.engine.factory import EngineStarter, RunningEngine
-from resources.engine.protocol import EngineRequest, EngineResponse
+from resources.engine.factory import EngineStarter
+from resources.engine.protocol import EngineRequest, EngineResponse, RunningEngine
 from resources.engine.vllm_server import VllmServer
 from tests.helpers import ROOT, read_jsonl, wait_until
 

@@ -1,7 +1,9 @@
 """The dispatcher: an engine that is kept fed, and what becomes of a request that fails."""
 
 import asyncio
+import contextlib
 import itertools
+import math
 import statistics
 import threading
 import time
@@ -15,8 +17,8 @@ import pytest
 
 from resources.chunk_store.schema import ChunkRow
 from resources.engine.dispatcher import Counts, Dispatcher, DispatchOptions, Pending
-from resources.engine.protocol import EngineRequest, EngineResponse, TransportFailure
-from resources.errors import EngineDown
+from resources.engine.protocol import EngineRequest, EngineResponse, RunningEngine, TransportFailure
+from resources.errors import EngineDown, EngineStartFailed
 from tests.helpers import CHAT, FakeEngine, completion, ok, refusal
 
 OPTIONS: dict[str, Any] = {"concurrency": 4, "chunk_rows": 10, "backoff_seconds": 0.001, "request_timeout": 30}
@@ -41,15 +43,15 @@ class Dispatch:
         *,
         commit: Callable[[list[ChunkRow]], None] | None = None,
         died: Callable[[], str | None] = lambda: None,
+        restart: Callable[[Callable[[str], None]], None] | None = None,
         tick: Callable[[Counts], None] = lambda _: None,
         **options: Any,
     ) -> bool:
         dispatcher = Dispatcher(
-            self.engine.connect,
+            RunningEngine(self.engine.connect, died=died, restart=restart),
             commit or self.chunks.append,
             DispatchOptions(**{**OPTIONS, **options}),
             request_id_prefix="b",
-            died=died,
         )
         self.counts = dispatcher.counts
         return dispatcher.run(requests, self.stop, tick)
@@ -236,9 +238,9 @@ def test_line_that_never_gets_an_answer_is_a_row_with_the_reason(fault: Exceptio
 
 
 def test_last_answer_stands_when_attempts_are_used_up() -> None:
-    dispatch = Dispatch(FakeEngine(lambda request: refusal(500, "busy")))
+    dispatch = Dispatch(FakeEngine(lambda request: refusal(500, "busy") if request.line else ok(request)))
     assert dispatch.run(lines(2), max_attempts=4)
-    assert len(dispatch.engine.asked) == 8
+    assert sum(request.line > 0 for request in dispatch.engine.asked) == 8
     assert {(row.status_code, row.error_message, row.attempt) for row in dispatch.rows.values()} == {(500, "busy", 4)}
 
 
@@ -264,8 +266,13 @@ def test_redirect_is_no_answer() -> None:
 
 def test_waits_grow_between_attempts() -> None:
     times: list[float] = []
-    dispatch = Dispatch(FakeEngine(lambda request: times.append(time.monotonic()) or refusal(500)))
-    dispatch.run(lines(1), backoff_seconds=0.04)
+    def reply(request: EngineRequest) -> EngineResponse:
+        if not request.line:
+            return ok(request)
+        times.append(time.monotonic())
+        return refusal(500)
+
+    Dispatch(FakeEngine(reply)).run(lines(1), backoff_seconds=0.04)
     first, second = (later - earlier for earlier, later in itertools.pairwise(times))
     assert first >= 0.04
     assert second >= 0.08
@@ -299,7 +306,7 @@ def test_engine_that_stays_away_fails_the_run_and_not_its_lines() -> None:
     with pytest.raises(EngineDown, match=r"out of reach for 0.2 s \(refused"):
         dispatch.run(lines(500), concurrency=8, outage_seconds=0.2)
     assert dispatch.rows == {}
-    assert len(set(dispatch.engine.lines)) == 8
+    assert set(dispatch.engine.lines) == set(range(9))  # those in flight, and probes
 
 
 def test_what_was_answered_before_an_outage_is_committed() -> None:
@@ -331,13 +338,19 @@ def test_lines_that_never_get_an_answer_are_no_outage_when_the_engine_answers_ot
 
 
 def test_short_outage_uses_up_no_attempts() -> None:
+    back_at: list[float] = []
+
     def reply(request: EngineRequest) -> EngineResponse:
-        if 20 <= len(dispatch.engine.asked) < 40:
+        if len(dispatch.engine.asked) < 20:
+            return ok(request)
+        if not back_at:
+            back_at.append(time.monotonic() + 0.3)
+        if time.monotonic() < back_at[0]:
             raise TransportFailure("connection refused", unreachable=True)
         return ok(request)
 
     dispatch = Dispatch(FakeEngine(reply))
-    assert dispatch.run(lines(60), concurrency=8, max_attempts=2, outage_seconds=1)
+    assert dispatch.run(lines(60), concurrency=8, max_attempts=2, outage_seconds=2)
     assert [row.status_code for row in dispatch.rows.values()] == [200] * 60
 
 
@@ -351,6 +364,162 @@ def test_engine_of_ours_that_died_ends_the_run_at_once_with_the_reason() -> None
     with pytest.raises(EngineDown, match="out of memory"):
         dispatch.run(lines(50), died=lambda: "out of memory")
     assert sorted(dispatch.rows) == [1, 2, 3, 4, 5]
+
+
+def test_engine_that_fails_every_request_fails_the_run_and_not_its_lines() -> None:
+    dispatch = Dispatch(FakeEngine(lambda request: refusal(500, "no kernel image")))
+    with pytest.raises(EngineDown, match="status 500"):
+        dispatch.run(lines(50), concurrency=8, outage_seconds=0.3)
+    assert dispatch.rows == {}
+
+
+def test_engine_that_hangs_fails_the_run_and_not_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resources.engine.breaker.PROBE_SECONDS", 0.1)
+    dispatch = Dispatch(FakeEngine(lambda request: ok(request) if 0 < request.line < 5 else hang(request)))
+    with pytest.raises(EngineDown, match="out of reach"):
+        dispatch.run(lines(50), concurrency=8, request_timeout=0.1, outage_seconds=0.3)
+    assert sorted(dispatch.rows) == [1, 2, 3, 4]
+    assert dispatch.engine.in_flight == 0
+
+
+def test_nothing_new_is_sent_while_the_engine_is_out_of_reach() -> None:
+    def reply(request: EngineRequest) -> EngineResponse:
+        if request.line > 10:
+            raise TransportFailure("refused", unreachable=True)
+        if not request.line:
+            probes.append(time.monotonic())
+            raise TransportFailure("refused", unreachable=True)
+        return ok(request)
+
+    probes: list[float] = []
+    dispatch = Dispatch(FakeEngine(reply))
+    with pytest.raises(EngineDown):
+        dispatch.run(lines(500), concurrency=8, outage_seconds=0.5)
+    assert Counter(line for line in dispatch.engine.lines if line > 10) == dict.fromkeys(range(11, 19), 1)
+    assert len(probes) >= 4
+
+
+# --- An engine of ours that dies --------------------------------------------------------------------------------------
+
+
+class MortalEngine(FakeEngine):
+    """Dies of some lines: then nothing more is answered, nor what is in flight, until it is restarted."""
+
+    def __init__(self, poison: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.poison, self.restarts, self.dead = poison, 0, asyncio.Event()
+
+    async def ask(self, request: EngineRequest) -> EngineResponse:
+        self.asked.append(request)
+        dead = self.dead
+        if self.poison(request.line):
+            dead.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(dead.wait(), 0.002)
+        if dead.is_set():
+            raise TransportFailure("reset")
+        return ok(request)
+
+    def died(self) -> str | None:
+        return "killed by signal 11" if self.dead.is_set() else None
+
+    def restart(self, note: Callable[[str], None]) -> None:
+        note("loading")
+        self.restarts += 1
+        self.dead = asyncio.Event()
+
+
+def dispatch_to(engine: MortalEngine) -> tuple[Dispatch, Callable[..., bool]]:
+    dispatch = Dispatch(engine)
+    return dispatch, lambda *args, **options: dispatch.run(
+        *args, died=engine.died, restart=engine.restart, **{"concurrency": 16, **options}
+    )
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 16, 64])
+def test_request_that_kills_the_engine_is_found_and_all_others_are_answered(concurrency: int) -> None:
+    engine = MortalEngine(lambda line: line == 77)
+    dispatch, run = dispatch_to(engine)
+    assert run(lines(200), concurrency=concurrency, max_attempts=1)
+    rows = dispatch.rows
+    bad = rows.pop(77)
+    assert (bad.status_code, bad.error_code, bad.attempt) == (None, "engine_crash", 1)
+    assert bad.error_message is not None
+    assert "killed by signal 11" in bad.error_message
+    assert sorted([*rows, 77]) == list(range(1, 201))
+    assert {(row.status_code, row.attempt) for row in rows.values()} == {(200, 1)}
+    assert 2 <= engine.restarts <= 3 + math.log2(concurrency)
+    assert (dispatch.counts.engine_restarts, dispatch.counts.quarantined) == (engine.restarts, 1)
+
+
+def test_several_such_requests_are_each_found_within_the_bound() -> None:
+    poison = {3, 20, 21, 150}
+    engine = MortalEngine(poison.__contains__)
+    dispatch, run = dispatch_to(engine)
+    assert run(lines(200))
+    assert {line for line, row in dispatch.rows.items() if row.failed} == poison
+    assert len(dispatch.rows) == 200
+    assert engine.restarts <= len(poison) * (3 + 4)
+
+
+def test_engine_that_dies_by_chance_costs_no_row_and_no_attempt() -> None:
+    unlucky = iter([True])
+    engine = MortalEngine(lambda line: line == 50 and next(unlucky, False))
+    dispatch, run = dispatch_to(engine)
+    assert run(lines(100), max_attempts=1)
+    assert {(row.status_code, row.attempt) for row in dispatch.rows.values()} == {(200, 1)}
+    assert (len(dispatch.rows), engine.restarts) == (100, 1)
+
+
+def test_engine_that_dies_whatever_it_is_asked_fails_the_run_with_its_last_words() -> None:
+    engine = MortalEngine(lambda line: line == 0 or line > 30)
+    dispatch, run = dispatch_to(engine)
+    with pytest.raises(EngineDown, match=r"dies whatever it is asked. killed by signal 11"):
+        run(lines(100))
+    assert 0 < len(dispatch.rows) <= 30
+    assert not any(row.failed for row in dispatch.rows.values())
+    assert engine.restarts <= 3
+
+
+def test_engine_that_dies_of_every_line_fails_the_run_after_a_few() -> None:
+    engine = MortalEngine(lambda line: line > 30)
+    dispatch, run = dispatch_to(engine)
+    with pytest.raises(EngineDown, match="dies whatever it is asked"):
+        run(lines(100))
+    assert sum(row.failed for row in dispatch.rows.values()) == 5
+
+
+def test_engine_that_does_not_come_up_again_fails_the_run_and_keeps_what_is_finished() -> None:
+    def restart(note: Callable[[str], None]) -> None:
+        raise EngineStartFailed("out of memory")
+
+    engine = MortalEngine(lambda line: line == 50)
+    dispatch = Dispatch(engine)
+    with pytest.raises(EngineStartFailed, match="out of memory"):
+        dispatch.run(lines(100), died=engine.died, restart=restart)
+    assert sorted(dispatch.rows) == list(range(1, min(set(range(1, 101)) - set(dispatch.rows))))
+
+
+def test_request_that_hangs_the_engine_is_found_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resources.engine.breaker.PROBE_SECONDS", 0.05)
+
+    class Hung(MortalEngine):
+        async def ask(self, request: EngineRequest) -> EngineResponse:
+            if self.poison(request.line):
+                self.dead.set()
+            if self.dead.is_set():
+                await asyncio.Event().wait()
+            await asyncio.sleep(0)
+            return ok(request)
+
+        def died(self) -> str | None:
+            return None
+
+    engine = Hung(lambda line: line == 9)
+    dispatch, run = dispatch_to(engine)
+    assert run(lines(30), concurrency=4, request_timeout=0.05, outage_seconds=0.1, max_attempts=2)
+    assert {line for line, row in dispatch.rows.items() if row.failed} == {9}
+    assert dispatch.rows[9].error_code == "engine_crash"
 
 
 # --- Ending early ---------------------------------------------------------------------------------------------------

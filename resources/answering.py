@@ -20,6 +20,9 @@ from resources.engine.transform import body_transform
 from resources.errors import BatchStopped, CheckpointError
 from resources.progress import Progress, ProgressCallback
 
+OUTAGE_SECONDS = 300.0
+"""How long an engine may be out of reach before the run fails."""
+
 
 class Mode(StrEnum):
     """resume: ask what has no row, and go on with what was begun. retry_failed: ask what failed, too. restart: ask
@@ -133,6 +136,7 @@ class Answering:
                     max_attempts=options.max_attempts,
                     request_timeout=None if engine.in_process else options.request_timeout,
                     deadline=deadline,
+                    outage_seconds=OUTAGE_SECONDS,
                 ),
                 request_id_prefix=self._batch.spec.identity[:12],
             )

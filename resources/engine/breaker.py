@@ -70,12 +70,13 @@ class Breaker:
         if unreachable or self._failures >= TRIPS_AFTER:
             self._open()
 
-    async def is_there(self, request: EngineRequest, since: float) -> bool:
-        """Whether the engine has answered anything since that moment (time.monotonic); asks it where nothing tells.
+    async def is_there(self, request: EngineRequest) -> bool:
+        """Whether the engine answers others from now on, after this request has failed. Asks, where nothing tells.
 
-        Opens the breaker where it has not."""
+        Opens the breaker where it does not."""
+        failed_at = time.monotonic()
         async with self._probing:
-            if self._answered_at > since:
+            if self._answered_at > failed_at:
                 return True
             self._sample = request
             if not await self._probe():

@@ -361,7 +361,6 @@ class Dispatcher:
             attempt = pending.attempts + sent
             request = EngineRequest(pending.line, pending.url, pending.body, f"{self._prefix}-{pending.line}-{attempt}")
             wait, unsure = 0.0, True
-            tried_at = time.monotonic()
             try:
                 response = await self._ask(request)
                 row = answered(request, response, started, attempt)
@@ -392,7 +391,7 @@ class Dispatcher:
                     sent -= 1
                     continue
             if sent >= options.max_attempts or self._past_deadline():
-                if not unsure or await breaker.is_there(request, tried_at):
+                if not unsure or await breaker.is_there(request):
                     return row
                 sent -= 1
                 continue

@@ -38,10 +38,11 @@ class EngineStarter:
             with VllmServer(entry, runtime_dir=self.runtime_dir, log_dir=self.log_dir) as server:
                 server.start(should_stop=stop.is_set, progress=waiting)
 
-                yield _running(server, stop)
+                yield running(server, stop)
 
 
-def _running(server: VllmServer, stop: threading.Event) -> RunningEngine:
+def running(server: VllmServer, stop: threading.Event) -> RunningEngine:
+    """A server of ours that is up, as a dispatcher takes it."""
     name = server.entry.name
 
     def died() -> str | None:

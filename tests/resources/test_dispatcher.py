@@ -266,6 +266,7 @@ def test_redirect_is_no_answer() -> None:
 
 def test_waits_grow_between_attempts() -> None:
     times: list[float] = []
+
     def reply(request: EngineRequest) -> EngineResponse:
         if not request.line:
             return ok(request)

@@ -20,11 +20,13 @@ import yaml
 
 from resources import pipeline
 from resources.batch_store.store import BatchStore
+from resources.engine import supervisor
 from resources.engine.catalog import Catalog, ModelEntry
 from resources.engine.endpoint import Endpoint
 from resources.engine.factory import EngineStarter
 from resources.engine.protocol import EngineRequest, EngineResponse, RunningEngine
 from resources.engine.vllm_server import VllmServer
+from resources.progress import Progress
 from tests.helpers import ROOT, read_jsonl, wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -175,6 +177,61 @@ def test_a_run_killed_half_way_goes_on_and_leaves_no_engine(demo_entry: ModelEnt
     assert sorted(rows) == list(range(1, 37))
     assert all(rows[line]["finished_at"] == finished for line, finished in kept.items())
     wait_until(lambda: not processes_with(str(work / "run")), 20)
+
+
+def test_tokens_of_the_rows_are_those_of_the_engines_own_counters(
+    vllm_server: VllmServer, demo_entry: ModelEntry, tmp_path: Path
+) -> None:
+    catalog = Catalog([demo_entry])
+    texts = [f"Tell me about the number {number}." for number in range(40)]
+    rows = [chat(f"r{n}", text, max_tokens=4 + n, ignore_eos=True) for n, text in enumerate(texts)]
+    batch = BatchStore(tmp_path / "data").register(write(tmp_path / "tokens.jsonl", [*rows, *REQUESTS])).batch
+    with batch.lock("test"):
+        pipeline.check(batch, catalog)
+        report = pipeline.answer(batch, catalog, SharedServer(vllm_server)).models[0]
+        summary = pipeline.publish(batch)
+    assert report.tokens is not None
+    assert report.tokens.as_dict() == {
+        "useful": {"prompt": summary.prompt_tokens, "completion": summary.completion_tokens},
+        "wasted_by_retry": {"prompt": 0, "completion": 0},
+        "wasted_by_crash": {"prompt": 0, "completion": 0},
+        "lower_bound": False,
+    }
+    (life,) = json.loads(next(batch.root.glob("results/*/*/usage.json")).read_text())["lives"]
+    assert life == {
+        "engine": [summary.prompt_tokens, summary.completion_tokens],
+        "useful": [summary.prompt_tokens, summary.completion_tokens],
+        "ended": "closed",
+    }
+
+
+def test_server_that_is_killed_is_started_again_and_every_line_is_answered(
+    demo_entry: ModelEntry, engine_dir: Path, tmp_path: Path
+) -> None:
+    catalog = Catalog([demo_entry.model_copy(update={"concurrency": 4})])
+    rows = [chat(f"r{number}", f"What is {number} plus one?", max_tokens=24, seed=1) for number in range(60)]
+    batch = BatchStore(tmp_path / "data").register(write(tmp_path / "sums.jsonl", rows), {"chunk_rows": 4}).batch
+    runtime = engine_dir / "dies"
+    killed: list[int] = []
+
+    def kill(progress: Progress) -> None:
+        if progress.phase == "answer" and progress.done >= 12 and not killed:
+            state = supervisor.read_state(next((runtime / "devices").glob("*.json")))
+            record = supervisor.read_record(state)
+            assert record
+            killed.append(record.pid)
+            os.kill(record.pid, signal.SIGKILL)
+
+    with batch.lock("test"):
+        pipeline.check(batch, catalog)
+        starter = EngineStarter(runtime, tmp_path / "logs")
+        report = pipeline.answer(batch, catalog, starter, progress=kill).models[0]
+        summary = pipeline.publish(batch)
+    assert (summary.succeeded, summary.failed, report.quarantined, report.engine_restarts) == (60, 0, 0, 1)
+    assert report.tokens is not None
+    assert report.tokens.lower_bound
+    assert report.tokens.useful.completion == summary.completion_tokens
+    wait_until(lambda: not processes_with(str(runtime)), 20)
 
 
 def committed(work: Path) -> dict[int, Any]:

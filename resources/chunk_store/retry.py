@@ -1,0 +1,69 @@
+"""Which answered lines a retry asks again."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from resources.errors import OptionsError
+
+
+class FailureKind(StrEnum):
+    """errors: lines without an answer, or refused. truncated: answers cut by max_tokens. schema: answers that do not
+    fit the JSON schema they were asked to fit."""
+
+    ERRORS = "errors"
+    TRUNCATED = "truncated"
+    SCHEMA = "schema"
+
+
+Failures = frozenset[FailureKind]
+ERRORS: Failures = frozenset({FailureKind.ERRORS})
+
+
+def failures_of(names: Iterable[str]) -> Failures:
+    """Raises OptionsError: one is unknown, or there is none; says what there is."""
+    given = [name.strip() for name in names]
+    known = [str(failure) for failure in FailureKind]
+    wrong = [name for name in given if name not in known]
+    if wrong or not given:
+        raise OptionsError(f"failed: {', '.join(wrong) or 'nothing'!r} is none of {', '.join(known)}.")
+    return frozenset(FailureKind(name) for name in given)
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Ask again the lines whose latest row is one of `failures` and is older than `begun_at` (microseconds since 1970),
+    so that a retry which is gone on with leaves alone what it has asked already."""
+
+    failures: Failures
+    begun_at: int
+
+    @property
+    def columns(self) -> list[str]:
+        """What `chooses` reads of a chunk besides its status."""
+        more = {FailureKind.TRUNCATED: ["finish_reason"], FailureKind.SCHEMA: ["fits_schema"]}
+        return ["finished_at", *(name for failure in sorted(self.failures) for name in more.get(failure, []))]
+
+    def chooses(self, rows: pa.Table, failed: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Which rows of a chunk are to be asked again; `failed` tells which have no answer."""
+        chosen: npt.NDArray[np.bool_] = (
+            failed.copy() if FailureKind.ERRORS in self.failures else np.zeros(len(rows), np.bool_)
+        )
+        if FailureKind.TRUNCATED in self.failures:
+            chosen |= _is(rows, "finish_reason", "length") & ~failed
+        if FailureKind.SCHEMA in self.failures:
+            chosen |= _is(rows, "fits_schema", False)
+        chosen &= rows["finished_at"].cast(pa.int64()).to_numpy() < self.begun_at
+        return chosen
+
+
+def _is(rows: pa.Table, name: str, value: object) -> npt.NDArray[np.bool_]:
+    if name not in rows.column_names:  # a chunk from before the column was
+        return np.zeros(len(rows), np.bool_)
+    found: npt.NDArray[np.bool_] = pc.fill_null(pc.equal(rows[name], value), False).to_numpy()
+    return found

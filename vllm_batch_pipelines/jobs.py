@@ -32,7 +32,9 @@ def mode_config(mode: str, failed: Sequence[str] = ()) -> dict[str, object]:
     """Run config of a batch job for a mode, and for what a retry asks again. All but resume check the lines again."""
     if mode == Mode.RESUME:
         return {}
-    results: dict[str, object] = {"mode": Mode(mode).name} | ({"failed": [*failed]} if failed else {})
+    results: dict[str, object] = {"mode": Mode(mode).name} | (
+        {"failed": [str(kind) for kind in failed]} if failed else {}
+    )
     return {"ops": {"batch_requests": {"config": {"recheck": True}}, "batch_results": {"config": results}}}
 
 

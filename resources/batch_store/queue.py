@@ -33,7 +33,7 @@ def enqueue(
     store: BatchStore, key: str, mode: str = "resume", origin: str = "submit", failed: Iterable[str] = ()
 ) -> StartRequest:
     """Ask for a run of a registered batch. A request that is already there is replaced."""
-    request = StartRequest(store.get(key).key, secrets.token_hex(8), mode, origin, tuple(sorted(failed)))
+    request = StartRequest(store.get(key).key, secrets.token_hex(8), mode, origin, tuple(sorted(map(str, failed))))
     content = {"id": request.id, "mode": mode, "failed": request.failed, "origin": origin}
     content["requested_at"] = datetime.now(UTC).isoformat()
     durable.write_file(store.queue_dir / f"{request.key}.json", json.dumps(content).encode())
@@ -52,8 +52,8 @@ def pending(store: BatchStore) -> Iterator[StartRequest]:
 def _read(path: Path) -> StartRequest | None:
     try:
         content = json.loads(path.read_bytes())
-        failed = tuple(map(str, content.get("failed", ())))
-        return StartRequest(path.stem, str(content["id"]), str(content["mode"]), str(content["origin"]), failed)
+        id, mode, origin = (str(content[name]) for name in ("id", "mode", "origin"))
+        return StartRequest(path.stem, id, mode, origin, tuple(map(str, content.get("failed", ()))))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -51,9 +51,9 @@ class Retry:
 
     def chooses(self, rows: pa.Table, failed: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Which rows of a chunk are to be asked again; `failed` tells which have no answer."""
-        chosen: npt.NDArray[np.bool_] = (
-            failed.copy() if FailureKind.ERRORS in self.failures else np.zeros(len(rows), np.bool_)
-        )
+        chosen = np.zeros(len(rows), np.bool_)
+        if FailureKind.ERRORS in self.failures:
+            chosen |= failed
         if FailureKind.TRUNCATED in self.failures:
             chosen |= _is(rows, "finish_reason", "length") & ~failed
         if FailureKind.SCHEMA in self.failures:

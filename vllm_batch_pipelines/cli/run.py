@@ -91,10 +91,9 @@ def run(
                 "completed": published.succeeded,
                 "failed": published.failed,
                 "rejected": checked.rejected,
-                "schema_violations": published.schema_violations,
                 "asked_now": report.asked,
-                "copied_now": report.copied,
             },
+            "schema_violations": published.schema_violations,
             "errors_by_code": published.errors_by_code,
             "usage": {"prompt_tokens": published.prompt_tokens, "completion_tokens": published.completion_tokens},
             "models": [
@@ -126,10 +125,11 @@ def _tell(document: dict[str, Any]) -> None:
     print(f"[bold]{document['key']}[/]: {counts['completed']} of {counts['total']} lines answered", end="")
     print(f", {counts['failed']} error rows ({_codes(document)})" if counts["failed"] else "", end="")
     print(f"; {counts['asked_now']} asked now", end="")
-    print(f", {counts['copied_now']} like one of them" if counts["copied_now"] else "", end="")
+    copied = sum(model["copied"] for model in document["models"])
+    print(f", {copied} more the same as one of these" if copied else "", end="")
     print(f", {document['seconds']:.1f} s.")
-    if counts["schema_violations"]:
-        print(f"  {counts['schema_violations']} answers do not fit the JSON schema that they were asked to fit")
+    if document["schema_violations"]:
+        print(f"  {document['schema_violations']} answers do not fit their JSON schema")
     print(f"  answers  {document['output_file']}")
     if counts["failed"]:
         print(f"  errors   {document['error_file']}")

@@ -49,7 +49,9 @@ def _check(name: str, description: str, blocking: bool = False) -> AssetCheckSpe
         _check("every_request_answered_once", "The published files hold each line exactly once.", blocking=True),
         _check("error_rate", "The share of error rows is not above the threshold."),
         _check("truncated_rate", "The share of answers cut by max_tokens is not above the threshold."),
-        _check("schema_violation_rate", "The share of answers that do not fit their JSON schema is not above it."),
+        _check(
+            "schema_violation_rate", "The share of answers not fitting their JSON schema is not above the threshold."
+        ),
     ],
 )
 def batch_output(context: AssetExecutionContext, config: OutputConfig, store: BatchStoreResource) -> MaterializeResult:  # type: ignore[type-arg]

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -225,12 +225,12 @@ def _begin(batch: Batch, mode: Mode, failed: Failures) -> Retry | None:
             raise BatchError(f"{batch.key}: its deadline has passed, so a restart would ask nothing.")
         batch.set_work(work.restarts + 1, Mode.RESTART)
         return None
-    retry = None
-    if mode is Mode.RETRY_FAILED:
-        begun = work.retry if work.retry and work.retry.failures == failed else None
-        retry = begun or Retry(failed, time.time_ns() // 1000)
+    if mode is Mode.RETRY_FAILED and work.retry and work.retry.failures == failed:
+        return work.retry
+    retry = Retry(failed) if mode is Mode.RETRY_FAILED else None
     if work.mode != Mode.RESTART:
-        batch.set_work(work.restarts, mode, retry)
+        begun = retry and replace(retry, begun_at=time.time_ns() // 1000)
+        batch.set_work(work.restarts, mode, begun)
     return retry
 
 

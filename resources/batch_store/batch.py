@@ -27,9 +27,6 @@ from resources.batch_store.spec import BatchSpec
 from resources.chunk_store.retry import ERRORS, FailureKind, Retry
 from resources.errors import BatchNotFound, CheckpointError
 
-_FOR_EVER = 2**63 - 1
-"""The beginning of a retry that does not tell: every failed line is older."""
-
 
 @dataclass(frozen=True)
 class Work:
@@ -107,7 +104,7 @@ class Batch:
         retry = None
         if mode == "retry_failed":
             failures = frozenset(map(FailureKind, content.get("failed", ERRORS)))
-            retry = Retry(failures, content.get("begun_at", _FOR_EVER))
+            retry = Retry(failures, content.get("begun_at"))
         return Work(int(content.get("restarts", 0)), mode, retry)
 
     def set_work(self, restarts: int, mode: str | None, retry: Retry | None = None) -> None:

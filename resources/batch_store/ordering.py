@@ -51,14 +51,14 @@ _PROMPT_FIELDS = _Prompt.__struct_fields__
 def rows_to_ask(
     folder: Path, model: str, wanted: npt.NDArray[np.bool_], order: Order, transform: Callable[[bytes], bytes]
 ) -> Iterator[ValidRow]:
-    """The rows of `valid_rows` in that order. `transform` makes of a body what is sent: what counts for the order.
+    """The rows of `valid_rows` in that order. `transform` makes of a body what is sent: its limit may be a default.
 
     Memory: one part of the requests, and with `prefix` the prompts in it once more.
     """
     if order == "input":
         return valid_rows(folder, model, wanted)
-    key = _prompt_of if order == "prefix" else _longest_first
-    return _sorted_rows(folder, model, wanted, lambda body: key(transform(body)))
+    key = _prompt_of if order == "prefix" else lambda body: _longest_first(transform(body))
+    return _sorted_rows(folder, model, wanted, key)
 
 
 def _sorted_rows(

@@ -37,17 +37,18 @@ def failures_of(names: Iterable[str]) -> Failures:
 
 @dataclass(frozen=True)
 class Retry:
-    """Ask again the lines whose latest row is one of `failures` and is older than `begun_at` (microseconds since 1970),
-    so that a retry which is gone on with leaves alone what it has asked already."""
+    """Ask again the lines whose latest row is one of `failures`. `begun_at` (microseconds since 1970) is that of a
+    retry which is gone on with: younger rows are left alone, since it has asked them already."""
 
     failures: Failures
-    begun_at: int
+    begun_at: int | None = None
 
     @property
     def columns(self) -> list[str]:
         """What `chooses` reads of a chunk besides its status."""
         more = {FailureKind.TRUNCATED: ["finish_reason"], FailureKind.SCHEMA: ["fits_schema"]}
-        return ["finished_at", *(name for failure in sorted(self.failures) for name in more.get(failure, []))]
+        since = [] if self.begun_at is None else ["finished_at"]
+        return [*since, *(name for failure in sorted(self.failures) for name in more.get(failure, []))]
 
     def chooses(self, rows: pa.Table, failed: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Which rows of a chunk are to be asked again; `failed` tells which have no answer."""
@@ -58,7 +59,8 @@ class Retry:
             chosen |= _is(rows, "finish_reason", "length") & ~failed
         if FailureKind.SCHEMA in self.failures:
             chosen |= _is(rows, "fits_schema", False)
-        chosen &= rows["finished_at"].cast(pa.int64()).to_numpy() < self.begun_at
+        if self.begun_at is not None:
+            chosen &= rows["finished_at"].cast(pa.int64()).to_numpy() < self.begun_at
         return chosen
 
 

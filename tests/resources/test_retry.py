@@ -3,9 +3,13 @@
 import asyncio
 import json
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from resources import pipeline
@@ -118,6 +122,15 @@ def test_retry_that_was_cut_off_goes_on_with_the_same_choice_and_repeats_nothing
     assert asked.run(better, **again).lines == [6, 7]
     assert pipeline.is_complete(asked.batch, asked.catalog)
     assert asked.batch.work().retry is None
+
+
+def test_clock_that_was_set_back_keeps_nothing_from_a_retry(tmp_path: Path) -> None:
+    asked = asked_once(tmp_path)
+    (path,) = asked.batch.results_dir.glob("*/*/chunk-*.parquet")
+    rows = pq.read_table(path)
+    later = pc.add(rows["finished_at"], pa.scalar(timedelta(days=1)))
+    pq.write_table(rows.set_column(rows.column_names.index("finished_at"), rows.field("finished_at"), later), path)
+    assert asked.run(better, mode=RETRY).lines == [2]
 
 
 def test_another_choice_is_another_retry(tmp_path: Path) -> None:

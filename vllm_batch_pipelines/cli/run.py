@@ -96,9 +96,7 @@ def run(
             "schema_violations": published.schema_violations,
             "errors_by_code": published.errors_by_code,
             "usage": {"prompt_tokens": published.prompt_tokens, "completion_tokens": published.completion_tokens},
-            "models": [
-                {**entry.__dict__, "tokens_per_second": round(entry.tokens_per_second, 1)} for entry in report.models
-            ],
+            "models": [entry.as_dict() for entry in report.models],
             "seconds": round(time.monotonic() - started, 3),
             "output_file": str(copies["output.jsonl"]),
             "error_file": str(copies["errors.jsonl"]),

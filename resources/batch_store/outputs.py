@@ -78,8 +78,8 @@ def write_outputs(
         closing(one_ahead(joined)) as ranges,
     ):
         for part, rows in enumerate(ranges):
-            table = writer.write(rows, output, errors)
-            write_parquet(table, folder / "results" / f"part-{part:05d}.parquet")
+            writer.write_lines(rows, output, errors)
+            write_parquet(writer.published(rows), folder / "results" / f"part-{part:05d}.parquet")
             step(summary.lines)
     durable.remove_temporaries(folder)
     durable.sync_file(folder / "output.jsonl")
@@ -115,18 +115,19 @@ class _Writer:
         self._missing_code = missing_code
         self.codes: Counter[str] = Counter()
 
-    def write(self, joined: pa.Table, output: BinaryIO, errors: BinaryIO) -> pa.Table:
-        """Write the lines of one range; returns their published rows. Every request row becomes exactly one line."""
+    def write_lines(self, joined: pa.Table, output: BinaryIO, errors: BinaryIO) -> None:
+        """Write the lines of one range. Every request row becomes exactly one line."""
         lines = self._lines(joined)
         status = joined["status_code"]
         good = [code for code in status.unique().to_pylist() if code is not None and is_success(code)]
         answered = pc.and_(joined["response"].is_valid(), pc.is_in(status, value_set=pa.array(good, status.type)))
-        _write_lines(output, lines.filter(answered))
-        _write_lines(errors, lines.filter(pc.invert(answered)))
-        texts = [
-            summarize(body).text if body is not None else None
-            for body in joined["response"].cast(pa.binary()).to_pylist()
-        ]
+        _write_texts(output, lines.filter(answered))
+        _write_texts(errors, lines.filter(pc.invert(answered)))
+
+    def published(self, joined: pa.Table) -> pa.Table:
+        """The rows of one range as they are published, counted in the summary."""
+        bodies = joined["response"].cast(pa.binary()).to_pylist()
+        texts = [None if body is None else summarize(body).text for body in bodies]
         joined = joined.append_column("text", pa.array(texts, pa.string()))
         self._count(joined)
         return joined.select(RESULTS.names).cast(RESULTS)
@@ -192,7 +193,7 @@ class _Writer:
         return pa.table(columns)
 
 
-def _write_lines(stream: BinaryIO, lines: pa.ChunkedArray) -> None:
+def _write_texts(stream: BinaryIO, lines: pa.ChunkedArray) -> None:
     """Write large strings as they stand one behind the other in Arrow's buffers, without making Python objects."""
     for chunk in lines.chunks:
         _, offsets, text = chunk.buffers()

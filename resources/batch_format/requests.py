@@ -8,26 +8,25 @@ import json
 import math
 from collections import Counter
 from enum import StrEnum
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args
 
 import msgspec
 
 MAX_NESTING = 100
 MAX_ID_CHARACTERS = 4096
 """Of a custom_id and of a model's name: they are held in memory for many lines at once."""
-ENDPOINTS = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/embeddings",
-        "/v1/score",
-        "/score",
-        "/v1/rerank",
-        "/rerank",
-        "/v2/rerank",
-    }
-)
+Endpoint = Literal[
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+    "/v1/score",
+    "/score",
+    "/v1/rerank",
+    "/rerank",
+    "/v2/rerank",
+]
+ENDPOINTS: frozenset[str] = frozenset(get_args(Endpoint))
 
 
 class Code(StrEnum):
@@ -63,14 +62,18 @@ class Rejected(Exception):
         self.code, self.message, self.param, self.custom_id = code, message, param, custom_id
 
 
-class _Envelope(msgspec.Struct):
-    custom_id: str
-    method: str
-    url: str
+class _Envelope(msgspec.Struct, gc=False):
     body: msgspec.Raw
 
 
+class _PlainEnvelope(_Envelope, gc=False):
+    custom_id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID_CHARACTERS)]
+    method: Literal["POST"]
+    url: Endpoint
+
+
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
+_decode_plain = msgspec.json.Decoder(_PlainEnvelope).decode
 _decode_any = msgspec.json.Decoder().decode
 _encode = msgspec.json.encode
 
@@ -83,28 +86,25 @@ def check_line(raw: bytes) -> Request:
             line and are found by the caller.
     """
     try:
+        envelope = _decode_plain(raw)
         document = _decode_any(raw)
         body = document["body"]
         model = body.get("model")
-        custom_id = document["custom_id"]
-        url = document["url"]
+        colons = raw.count(b":")
         plain = (
-            type(custom_id) is str
-            and 0 < len(custom_id) <= MAX_ID_CHARACTERS
-            and document["method"] == "POST"
-            and url in ENDPOINTS
-            and (model is None or (type(model) is str and 0 < len(model) <= MAX_ID_CHARACTERS))
+            (model is None or (type(model) is str and 0 < len(model) <= MAX_ID_CHARACTERS))
             and not body.get("stream")
-            and b"\\u00" not in raw
-            and raw.count(b"{") + raw.count(b"[") <= MAX_NESTING
+            and (b"\\" not in raw or b"\\u00" not in raw)
+            # Each level is an array or an object, and each object but the innermost has a colon.
+            and (colons + raw.count(b"[") < MAX_NESTING or raw.count(b"{") + raw.count(b"[") <= MAX_NESTING)
             # A key that stands twice is dropped by the decoder, and its colon with it.
-            and raw.count(b":") == _encode(document).count(b":")
+            and colons == _encode(document).count(b":")
         )
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError, ValueError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, AttributeError, ValueError):
         plain = False
     if not plain:
         return _check_slowly(raw)
-    return Request(custom_id, url, model, bytes(_decode_envelope(raw).body))
+    return Request(envelope.custom_id, envelope.url, model, bytes(envelope.body))
 
 
 def _check_slowly(raw: bytes) -> Request:

@@ -2,17 +2,27 @@
 
 import threading
 import time
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO
 
+import pyarrow as pa
+
+from resources.ahead import one_ahead
 from resources.batch_format.lines import MAX_LINE_BYTES, iter_lines
 from resources.batch_format.requests import Code, Rejected, check_line
-from resources.batch_store.requests import RequestRow, RequestsSummary, RequestsWriter
+from resources.batch_store.requests import (
+    GROUP_BYTES,
+    GROUP_ROWS,
+    RequestRow,
+    RequestsSummary,
+    RequestsWriter,
+    to_table,
+)
 from resources.engine.catalog import Catalog
 from resources.errors import BatchStopped
 from resources.progress import Progress, ProgressCallback, silent
-
-_LINES_BETWEEN_LOOKS = 4096
 
 
 def check_stream(
@@ -30,15 +40,29 @@ def check_stream(
     writer = RequestsWriter(folder)
     summary = RequestsSummary(names=catalog.names)
     started = time.monotonic()
-    for count, (number, raw) in enumerate(iter_lines(stream, suffix)):
-        writer.add(_request_row(number, raw, model, catalog))
-        summary.last_line = number
-        if count % _LINES_BETWEEN_LOOKS == 0:
+    with closing(one_ahead(_checked(stream, suffix, model, catalog))) as groups:
+        for group in groups:
             if stop is not None and stop.is_set():
                 raise BatchStopped("Stopped while the lines were checked; the next run checks them anew.")
-            rate = count / max(time.monotonic() - started, 1e-6)
-            progress(Progress("check", number, max(total, number), rows_per_second=rate))
+            writer.write(group)
+            summary.last_line = group["line"][-1].as_py()
+            rate = writer.rows / max(time.monotonic() - started, 1e-6)
+            progress(Progress("check", summary.last_line, max(total, summary.last_line), rows_per_second=rate))
     return writer.finish(summary)
+
+
+def _checked(stream: BinaryIO, suffix: str, model: str | None, catalog: Catalog) -> Generator[pa.Table, None, None]:
+    """The rows of the lines, in groups that are written as they are."""
+    rows: list[RequestRow] = []
+    size = 0
+    for number, raw in iter_lines(stream, suffix):
+        rows.append(_request_row(number, raw, model, catalog))
+        size += len(raw or b"")
+        if len(rows) >= GROUP_ROWS or size >= GROUP_BYTES:
+            yield to_table(rows)
+            rows, size = [], 0
+    if rows:
+        yield to_table(rows)
 
 
 def _request_row(number: int, raw: bytes | None, override: str | None, catalog: Catalog) -> RequestRow:

@@ -2,16 +2,19 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from resources import durable
-from resources.batch_format.answers import error_line, response_line, summarize
+from resources.ahead import one_ahead
+from resources.batch_format.answers import error_line, response_lines, summarize
 from resources.batch_store.batch import Batch
 from resources.batch_store.requests import read_batches
 from resources.chunk_store.generation import Generation
@@ -70,13 +73,15 @@ def write_outputs(
     (folder / "results").mkdir()
     span = ranges_of_lines(list(generations.values()), last_line)
     answers = OrderedRows(list(generations.values()), span, scratch)
+    joined = (writer.join(requests, answers.between(index)) for index, requests in _ranges(batch.requests_dir, span))
     with (
-        (folder / "output.jsonl").open("w", encoding="utf-8") as output,
-        (folder / "errors.jsonl").open("w", encoding="utf-8") as errors,
+        (folder / "output.jsonl").open("wb") as output,
+        (folder / "errors.jsonl").open("wb") as errors,
+        closing(one_ahead(joined)) as ranges,
     ):
-        for part, (index, requests) in enumerate(_ranges(batch.requests_dir, span)):
-            table = writer.write(requests, answers.between(index), output, errors)
-            write_parquet(table, folder / "results" / f"part-{part:05d}.parquet")
+        for part, rows in enumerate(ranges):
+            writer.write_lines(rows, output, errors)
+            write_parquet(writer.published(rows), folder / "results" / f"part-{part:05d}.parquet")
             step(summary.lines)
     durable.remove_temporaries(folder)
     durable.sync_file(folder / "output.jsonl")
@@ -112,43 +117,65 @@ class _Writer:
         self._missing_code = missing_code
         self.codes: Counter[str] = Counter()
 
-    def write(self, requests: pa.Table, answers: pa.Table, output: TextIO, errors: TextIO) -> pa.Table:
-        """Write the lines of one range; returns their published rows. Every request row becomes exactly one line."""
-        joined = self._join(requests.combine_chunks(), answers)
-        summary = self._summary
-        texts: list[str | None] = []
-        columns = ["line", "custom_id", "status_code", "request_id", "response", "error_code", "error_message", "param"]
-        for line, custom_id, status, request_id, response, code, message, param in zip(
-            *(joined[name].to_pylist() for name in columns), strict=True
+    def write_lines(self, joined: pa.Table, output: BinaryIO, errors: BinaryIO) -> None:
+        """Write the lines of one range. Every request row becomes exactly one line."""
+        lines = self._lines(joined)
+        status = joined["status_code"]
+        good = [code for code in status.unique().to_pylist() if code is not None and is_success(code)]
+        answered = pc.and_(joined["response"].is_valid(), pc.is_in(status, value_set=pa.array(good, status.type)))
+        _write_texts(output, lines.filter(answered))
+        _write_texts(errors, lines.filter(pc.invert(answered)))
+
+    def published(self, joined: pa.Table) -> pa.Table:
+        """The rows of one range as they are published, counted in the summary."""
+        bodies = joined["response"].cast(pa.binary()).to_pylist()
+        texts = [None if body is None else summarize(body).text for body in bodies]
+        joined = joined.append_column("text", pa.array(texts, pa.string()))
+        self._count(joined)
+        return joined.select(RESULTS.names).cast(RESULTS)
+
+    def _lines(self, rows: pa.Table) -> pa.ChunkedArray:
+        """The line of each row, of an answer or of an error."""
+        ids = pc.binary_join_element_wise(self._prefix, rows["line"].cast(pa.string()), "")
+        lines = response_lines(ids, rows["custom_id"], rows["status_code"], rows["request_id"], rows["response"])
+        if not lines.null_count:
+            return lines
+        unanswered = rows["response"].is_null()
+        columns = ["line", "custom_id", "request_id", "error_code", "error_message", "param"]
+        error_lines = []
+        for line, custom_id, request_id, code, message, param in zip(
+            *(column.to_pylist() for column in rows.select(columns).filter(unanswered).columns), strict=True
         ):
-            text = None
-            if response is not None:
-                text = summarize(response.encode()).text
-                entry = response_line(f"{self._prefix}{line}", custom_id, status, request_id, response)
-                (output if is_success(status) else errors).write(entry)
-            else:
-                at = line if param is not None or request_id is None else None
-                errors.write(error_line(f"{self._prefix}{line}", custom_id, code, message, at, param))
-            texts.append(text)
-            if code is None:
-                summary.succeeded += 1
-                if len(summary.samples) < SAMPLES:
-                    summary.samples.append({"line": line, "custom_id": custom_id, "text": (text or response)[:2000]})
-            else:
-                self.codes[code] += 1
+            at = line if param is not None or request_id is None else None
+            error_lines.append(error_line(f"{self._prefix}{line}", custom_id, code, message, at, param))
+        return pc.replace_with_mask(lines, unanswered.combine_chunks(), pa.array(error_lines, lines.type))
+
+    def _count(self, joined: pa.Table) -> None:
+        summary = self._summary
         summary.lines += len(joined)
+        summary.missing += _sum(joined["missing"])
+        summary.succeeded += joined["error_code"].null_count
         summary.failed = summary.lines - summary.succeeded
+        for item in pc.drop_null(joined["error_code"]).value_counts().to_pylist():
+            self.codes[item["values"]] += item["counts"]
+        room = SAMPLES - len(summary.samples)
+        samples = joined.filter(joined["error_code"].is_null()).slice(0, room) if room else joined.slice(0, 0)
+        for row in samples.select(["line", "custom_id", "text", "response"]).to_pylist():
+            text = (row["text"] or row["response"])[:2000]
+            summary.samples.append({"line": row["line"], "custom_id": row["custom_id"], "text": text})
         summary.prompt_tokens += _sum(joined["prompt_tokens"])
         summary.completion_tokens += _sum(joined["completion_tokens"])
         summary.truncated += joined["finish_reason"].to_pylist().count("length")
-        summary.schema_violations += len(joined) - _sum(pa.compute.fill_null(joined["fits_schema"], True))
-        joined = joined.append_column("text", pa.array(texts, pa.string()))
-        return joined.select(RESULTS.names).cast(RESULTS)
+        summary.schema_violations += len(joined) - _sum(pc.fill_null(joined["fits_schema"], True))
 
-    def _join(self, requests: pa.Table, answers: pa.Table) -> pa.Table:
-        """Requests with their answers beside them: by line, and by the generation of the request's model."""
+    def join(self, requests: pa.Table, answers: pa.Table) -> pa.Table:
+        """Requests with their answers beside them: by line, and by the generation of the request's model.
+
+        Changes nothing of the writer: it runs in a thread of its own, one range ahead.
+        """
+        requests = requests.combine_chunks()
         count = max(len(self._models), 1)
-        model = pa.compute.index_in(requests["model"], value_set=self._models).fill_null(0).to_numpy()
+        model = pc.index_in(requests["model"], value_set=self._models).fill_null(0).to_numpy()
         lines = requests["line"].to_numpy() * count + model
         answered = answers["line"].to_numpy() * count + answers["source"].to_numpy()
         rejected = requests["error_code"].is_valid().to_numpy()
@@ -157,20 +184,29 @@ class _Writer:
         found = (answered[position] == lines) & ~rejected if len(answered) else np.zeros(len(lines), np.bool_)
         taken = answers.take(pa.array(np.where(found, position, 0), mask=~found))
         missing = pa.array(~found & ~rejected)
-        self._summary.missing += missing.true_count
         code = pa.scalar(self._missing_code)
         message = pa.scalar(_MISSING_MESSAGES[self._missing_code])
         columns = {name: requests[name] for name in ("line", "custom_id", "url", "model")}
         columns |= {name: taken[name] for name in answers.column_names if name not in ("line", "source")}
         for name, missing_value in (("error_code", code), ("error_message", message)):
-            own = pa.compute.coalesce(requests[name], taken[name])
-            columns[name] = pa.compute.if_else(missing, missing_value, own)
+            own = pc.coalesce(requests[name], taken[name])
+            columns[name] = pc.if_else(missing, missing_value, own)
         columns["param"] = requests["error_param"]
+        columns["missing"] = missing
         return pa.table(columns)
 
 
+def _write_texts(stream: BinaryIO, lines: pa.ChunkedArray) -> None:
+    """Write large strings as they stand one behind the other in Arrow's buffers, without making Python objects."""
+    for chunk in lines.chunks:
+        _, offsets, text = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int64)
+        if len(chunk):
+            stream.write(memoryview(text)[ends[chunk.offset] : ends[chunk.offset + len(chunk)]])
+
+
 def _sum(column: pa.ChunkedArray) -> int:
-    return int(pa.compute.sum(column).as_py() or 0)
+    return int(pc.sum(column).as_py() or 0)
 
 
 def verify_outputs(batch: Batch) -> list[str]:

@@ -19,8 +19,8 @@ from resources.chunk_store.schema import REQUESTS
 
 PART_ROWS = 65_536
 _PART_BYTES = 64 * 1024 * 1024
-_GROUP_ROWS = 8_192
-_GROUP_BYTES = 16 * 1024 * 1024
+GROUP_ROWS = 8_192
+GROUP_BYTES = 16 * 1024 * 1024
 FIRST_REJECTS = 20
 
 RequestRow = tuple[int, str | None, str | None, str | None, bytes | None, str | None, str | None, str | None]
@@ -52,25 +52,32 @@ class RequestsWriter:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.rows = 0
         self._folder = folder
-        self._rows: list[RequestRow] = []
-        self._bytes = 0
         self._ids = array("q")
         self._part_rows = self._part_bytes = 0
         self._parts = 0
         self._writer: pq.ParquetWriter | None = None
 
-    def add(self, row: RequestRow) -> None:
-        self._rows.append(row)
-        self._bytes += sum(len(text) for text in row[1:] if text)
-        if row[5] is None:
-            self._ids.append(hash(row[1]))
-        if len(self._rows) >= _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
-            self._write_group()
+    def write(self, group: pa.Table) -> None:
+        """Write the next rows as a row group."""
+        if self._writer is None:
+            path = self._folder / f"part-{self._parts:05d}.parquet"
+            self._writer = pq.ParquetWriter(
+                path, REQUESTS, compression="zstd", compression_level=1, use_dictionary=_DICT
+            )
+            self._parts += 1
+        self._writer.write_table(group)
+        valid = group["custom_id"].filter(group["error_code"].is_null())
+        self._ids.extend(map(hash, valid.to_pylist()))
+        self.rows += len(group)
+        self._part_rows += len(group)
+        self._part_bytes += group.nbytes
+        if self._part_rows >= PART_ROWS or self._part_bytes >= _PART_BYTES:
+            self._close_part()
 
     def finish(self, summary: RequestsSummary) -> RequestsSummary:
         """Close the parts, mark repeated custom_ids in them, and count."""
-        self._write_group()
         self._close_part()
         suspects = _repeated(self._ids)
         seen: set[str] = set()
@@ -81,7 +88,7 @@ class RequestsWriter:
             if suspects:
                 _mark_repeated(path, suspects, seen)
             for batch in pq.ParquetFile(path).iter_batches(
-                _GROUP_ROWS, columns=["line", "custom_id", "url", "model", "error_code", "error_message", "error_param"]
+                GROUP_ROWS, columns=["line", "custom_id", "url", "model", "error_code", "error_message", "error_param"]
             ):
                 valid = batch.filter(pc.is_null(batch["error_code"]))
                 summary.lines += len(batch)
@@ -98,27 +105,6 @@ class RequestsWriter:
         summary.endpoints = sorted(endpoints)
         return summary
 
-    def _write_group(self) -> None:
-        if not self._rows:
-            return
-        if self._writer is None:
-            path = self._folder / f"part-{self._parts:05d}.parquet"
-            self._writer = pq.ParquetWriter(
-                path, REQUESTS, compression="zstd", compression_level=1, use_dictionary=_DICT
-            )
-            self._parts += 1
-        columns = zip(*self._rows, strict=True)
-        arrays = [
-            pa.array(column, pa.binary()).cast(pa.string()) if field.name == "body" else pa.array(column, field.type)
-            for column, field in zip(columns, REQUESTS, strict=True)
-        ]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=REQUESTS))
-        self._part_rows += len(self._rows)
-        self._part_bytes += self._bytes
-        self._rows, self._bytes = [], 0
-        if self._part_rows >= PART_ROWS or self._part_bytes >= _PART_BYTES:
-            self._close_part()
-
     def _close_part(self) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -126,6 +112,17 @@ class RequestsWriter:
 
 
 _DICT = ["url", "model", "error_code", "error_message", "error_param"]
+
+
+def to_table(rows: list[RequestRow]) -> pa.Table:
+    """Some rows as a table of REQUESTS."""
+    # Not zip(*rows): an iterator a row is more for the garbage collector than all the rest.
+    columns = [[row[index] for row in rows] for index in range(len(REQUESTS))]
+    arrays = [
+        pa.array(column, pa.binary()).cast(pa.string()) if field.name == "body" else pa.array(column, field.type)
+        for column, field in zip(columns, REQUESTS, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=REQUESTS)
 
 
 def request_parts(folder: Path) -> list[Path]:
@@ -223,7 +220,7 @@ def _mark_repeated(path: Path, suspects: set[int], seen: set[str]) -> None:
         column = pc.if_else(marked, text, table[name])
         table = table.set_column(table.column_names.index(name), REQUESTS.field(name), column)
     pq.write_table(
-        table, path, compression="zstd", compression_level=1, use_dictionary=_DICT, row_group_size=_GROUP_ROWS
+        table, path, compression="zstd", compression_level=1, use_dictionary=_DICT, row_group_size=GROUP_ROWS
     )
 
 

@@ -5,13 +5,14 @@ import json
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 import pytest
 from openai.types import BatchError, Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
 from pydantic import BaseModel
 
-from resources.batch_format.answers import Summary, error_line, one_line, response_line, summarize
+from resources.batch_format.answers import Summary, error_line, one_line, response_lines, summarize
 from resources.batch_format.requests import ENDPOINTS
 from resources.engine.null import NullEngine
 from resources.engine.protocol import EngineRequest
@@ -50,7 +51,8 @@ def test_null_engine_answers_every_endpoint_alike_every_time_and_never_passes_fo
 
 def test_output_line_holds_the_body_as_it_came() -> None:
     body = completion('say "hi"\n\u2028 ümläut')
-    line = response_line("batch_req_1", 'a"b\n', 200, "r-1", body.decode())
+    row = [["batch_req_1"], ['a"b\n'], [200], ["r-1"], [body.decode()]]
+    (line,) = response_lines(*(pa.array(column) for column in row)).to_pylist()
     assert line.count("\n") == 1
     assert line.endswith("}\n")
     assert body.decode() in line

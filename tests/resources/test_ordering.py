@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from resources.batch_store import requests as requests_module
 from resources.batch_store.ordering import rows_to_ask
-from resources.batch_store.requests import RequestsSummary, RequestsWriter
+from resources.batch_store.requests import RequestRow, RequestsSummary, RequestsWriter, to_table
 from tests.helpers import Asked, catalog_of, chat, ids
 
 ONE_AT_A_TIME = catalog_of(concurrency=1)
@@ -65,15 +65,18 @@ def test_outputs_are_in_input_order_whatever_is_asked_first(tmp_path: Path, orde
 def write_parts(folder: Path, bodies: list[dict[str, Any]]) -> int:
     folder.mkdir()
     writer = RequestsWriter(folder)
-    for line, body in enumerate(bodies, 1):
-        writer.add((line, f"r{line}", "/v1/completions", "m", json.dumps(body).encode(), None, None, None))
+    rows: list[RequestRow] = [
+        (line, f"r{line}", "/v1/completions", "m", json.dumps(body).encode(), None, None, None)
+        for line, body in enumerate(bodies, 1)
+    ]
+    for start in range(0, len(rows), 2):
+        writer.write(to_table(rows[start : start + 2]))
     writer.finish(RequestsSummary())
     return len(list(folder.glob("part-*")))
 
 
 def test_window_is_one_part_of_the_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests_module, "PART_ROWS", 4)
-    monkeypatch.setattr(requests_module, "_GROUP_ROWS", 2)
     assert write_parts(tmp_path / "requests", [{"max_tokens": n} for n in range(10)]) == 3
     rows = rows_to_ask(tmp_path / "requests", "m", np.ones(11, np.bool_), "longest_first", bytes)
     assert [line for line, _, _ in rows] == [4, 3, 2, 1, 8, 7, 6, 5, 10, 9]

@@ -1,5 +1,6 @@
 """What the assets have in common: errors as failures, progress as observations, tables as metadata."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from dagster import (
 
 from resources.errors import BatchError, BatchFailed, BatchLocked
 from resources.progress import Progress
+
+log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 15
 MOST_ERRORS = 20
@@ -53,6 +56,12 @@ def progress_reporter(
         if clock() - last < PROGRESS_SECONDS and (not now.note or last_note):
             return
         last, last_note = clock(), now.note
+        try:
+            tell(now)
+        except Exception as error:  # the database is away for a while, say: the work needs it at its end only
+            log.warning("progress could not be recorded: %s", error)
+
+    def tell(now: Progress) -> None:
         if now.note:
             context.log.info(now.note)
             return

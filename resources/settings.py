@@ -31,6 +31,9 @@ class Settings(BaseSettings):
         (), description="Further folders that register_files may read, separated by ':'."
     )
     models_file: Path = Field(Path("models.yaml"), description="The model catalog.")
+    targets_file: Path = Field(
+        Path("targets.yaml"), description="Named webhooks, exports and Label Studio projects. None where it is missing."
+    )
     poll_seconds: int = Field(5, ge=1, le=3600, description="How often the inbox is looked at, in seconds.")
     night_cron: str = Field("0 22 * * *", description="When the schedule inbox_at_night takes the inbox (cron).")
     port: int = Field(3000, ge=0, le=65535, description="Port of the web UI on 127.0.0.1; 0 takes a free one.")

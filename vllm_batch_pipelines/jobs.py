@@ -20,9 +20,11 @@ from pydantic import Field
 from resources.answering import Mode
 from resources.batch_store import queue
 from resources.batch_store.resource import BatchStoreResource
+from resources.batch_store.store import BatchStore
 from resources.chunk_store.retry import FailureKind
 from resources.errors import InputRefused
 from resources.settings import settings
+from resources.targets import load_targets
 
 BATCH_ASSET_KEYS = [AssetKey("batch_requests"), AssetKey("batch_results"), AssetKey("batch_output")]
 BATCH_ASSETS = AssetSelection.assets(*BATCH_ASSET_KEYS)
@@ -69,13 +71,14 @@ def register(context: OpExecutionContext, config: RegisterConfig, store: BatchSt
     given = [inbox / path for path in config.paths] + matched
     if not given:
         raise Failure(description=f"No file named: set `paths` or a `glob` that matches something in {inbox}.")
+    batches = BatchStore(Path(store.data_root), load_targets(settings().targets_file))
     refused = []
     for path in given:
         try:
             if not any(path.parent.resolve().is_relative_to(root) for root in allowed):
                 raise InputRefused(f"{path} is outside of the inbox and of VLLM_BATCH_INPUT_ROOTS.")
-            registration = store.store().register(path.parent.resolve() / path.name)
-            queue.enqueue(store.store(), registration.batch.key)
+            registration = batches.register(path.parent.resolve() / path.name)
+            queue.enqueue(batches, registration.batch.key)
             context.log.info(f"{path.name} is {registration.batch.key}; its run is queued.")
         except Exception as error:  # whatever one file brings about, the others are registered
             refused.append(str(error))

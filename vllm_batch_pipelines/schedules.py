@@ -9,6 +9,7 @@ from resources.batch_store.inbox import Inbox
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import load_catalog
 from resources.settings import settings
+from resources.targets import load_targets
 from vllm_batch_pipelines.jobs import process_batch
 from vllm_batch_pipelines.starting import ToStart, start_queued, sweep, take_from_inbox
 
@@ -32,7 +33,8 @@ def sweep_schedule(context: ScheduleEvaluationContext) -> Iterator[RunRequest | 
     description="Takes the inbox at one hour only, for a GPU that is busy by day: start it, stop the sensor `inbox`.",
 )
 def inbox_at_night(context: ScheduleEvaluationContext) -> Iterator[RunRequest | SkipReason]:
-    config, store = settings(), BatchStore(settings().data_root)
+    config = settings()
+    store = BatchStore(config.data_root, load_targets(config.targets_file))
     dropped = Inbox(config.inbox_dir, config.data_root / "inbox-index.json")
     found = take_from_inbox(context.instance, store, dropped, load_catalog(config.models_file), large_in_a_run=False)
     yield from _requests(context, start_queued(context.instance, store, "inbox", found))

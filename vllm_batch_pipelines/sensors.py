@@ -7,6 +7,7 @@ from resources.batch_store.inbox import Inbox
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import load_catalog
 from resources.settings import settings
+from resources.targets import load_targets
 from vllm_batch_pipelines.jobs import JOBS
 from vllm_batch_pipelines.starting import ToStart, start_queued, take_from_inbox
 
@@ -21,7 +22,8 @@ _POLL_SECONDS = max(1, settings().poll_seconds - 1)
     description="Registers files dropped in the inbox once they are whole, and starts their batches.",
 )
 def inbox(context: SensorEvaluationContext) -> SensorResult:
-    config, store = settings(), BatchStore(settings().data_root)
+    config = settings()
+    store = BatchStore(config.data_root, load_targets(config.targets_file))
     dropped = Inbox(config.inbox_dir, config.data_root / "inbox-index.json")
     found = take_from_inbox(context.instance, store, dropped, load_catalog(config.models_file))
     return _result(context, start_queued(context.instance, store, "inbox", found))

@@ -47,7 +47,10 @@ class BatchOptions(BaseModel):
         None, description="Stop asking after this: `90m`, `24h`, `7d` from registration, or an ISO time with zone."
     )
     priority: Literal[-1, 0, 1] = Field(0, description="Priority in the run queue.")
-    metadata: dict[str, str] = Field(default_factory=dict, description="Carried to the outputs.")
+    metadata: dict[str, str] = Field(default_factory=dict, description="Carried to outputs, tasks and webhooks.")
+    webhook: str | None = Field(None, min_length=1, description="The webhook target (targets.yaml) to tell.")
+    label_studio: str | None = Field(None, min_length=1, description="The Label Studio target to review results in.")
+    exports: tuple[str, ...] = Field((), description="The export targets that get the results.")
 
     @field_validator("defaults")
     @classmethod
@@ -78,6 +81,19 @@ class BatchOptions(BaseModel):
     def deadline_at(self, registered_at: datetime) -> datetime | None:
         """The moment after which nothing more is asked, in UTC."""
         return None if self.deadline is None else _deadline(self.deadline, registered_at)
+
+    @field_validator("exports", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
+
+    def targets(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """(option, section of targets.yaml, names) of the targets that this batch names."""
+        return [
+            ("webhook", "webhooks", (self.webhook,) if self.webhook else ()),
+            ("label_studio", "label_studio", (self.label_studio,) if self.label_studio else ()),
+            ("exports", "exports", self.exports),
+        ]
 
     def answer_changing(self) -> dict[str, Any]:
         """The options that change what is answered, and so are part of a batch's key."""

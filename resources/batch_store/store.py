@@ -19,6 +19,7 @@ from resources.batch_store.batch import Batch, read_spec
 from resources.batch_store.spec import BatchSpec, identity_of, is_key, key_of
 from resources.errors import BatchLocked, BatchNotFound, CheckpointError, InputRefused
 from resources.filesystem import refuse_remote_filesystem
+from resources.targets import Targets
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,9 @@ class BatchStore:
     from, and registering it again changes nothing but its operational options.
     """
 
-    def __init__(self, data_root: Path) -> None:
+    def __init__(self, data_root: Path, targets: Targets | None = None) -> None:
+        """`targets` are those that a batch may name when it is registered; none by default."""
+        self._targets = targets or Targets()
         self.root = data_root / "batches"
         self.queue_dir = data_root / "queue"
         refuse_remote_filesystem(data_root)
@@ -71,6 +74,7 @@ class BatchStore:
             raise InputRefused(f"{source}: a batch file ends in .jsonl, .jsonl.gz or .jsonl.zst.")
         given = load_sidecar(source) | (options or {})
         checked = parse_options(given, origin=f"options of {source.name}")
+        self._targets.refuse_unknown(checked, origin=f"options of {source.name}")
         self._remove_stale()
         folder = self.root / f"{durable.TEMPORARY}{secrets.token_hex(8)}"
         folder.mkdir(mode=0o700)

@@ -35,6 +35,9 @@ def test_every_option_is_taken_from_a_sidecar(tmp_path: Path) -> None:
         request_timeout: 60.5
         order: prefix
         dedupe: true
+        webhook: ops
+        label_studio: reviews
+        exports: [lake, warehouse]
         deadline: 24h
         priority: -1
         metadata: {team: support}

@@ -14,6 +14,7 @@ import typer
 from resources.errors import BatchError
 from resources.filesystem import refuse_remote_filesystem
 from resources.settings import load_settings, settings
+from resources.targets import load_targets
 from vllm_batch_pipelines import stack
 from vllm_batch_pipelines.cli import common
 from vllm_batch_pipelines.cli.common import Exit
@@ -41,6 +42,7 @@ def doctor() -> None:
         "data root": _data_root,
         "runtime folder": lambda: str(settings().runtime_root),
         "models": _models,
+        "targets": _targets,
         "stack": _stack,
     }
     failed = 0
@@ -104,6 +106,12 @@ def _models() -> str:
     if problems:
         raise BatchError("; ".join(f"{name}: {problem}" for name, problem in problems.items()))
     return ", ".join(catalog.entries)
+
+
+def _targets() -> str:
+    targets = load_targets(settings().targets_file)
+    named = [f"{name} ({section})" for section in type(targets).model_fields for name in targets.names(section)]
+    return ", ".join(named) or "none"
 
 
 def _stack() -> str:

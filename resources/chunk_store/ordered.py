@@ -17,7 +17,7 @@ from resources.chunk_store.schema import CHUNK
 RANGE_BYTES = 8 * 1024 * 1024
 _MAX_RANGES = 512
 _TAGGED = CHUNK.append(pa.field("source", pa.int32()))
-_MAX_RANGE_LINES = 16_384
+_MAX_RANGE_LINES = 8_192
 
 
 def ranges_of_lines(generations: list[Generation], last_line: int) -> int:

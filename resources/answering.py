@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from resources.batch_store.batch import Batch
@@ -51,6 +52,19 @@ class ModelReport:
         return self.completion_tokens / self.seconds if self.seconds > 0 else 0.0
 
 
+def set_aside_damaged(batch: Batch, generation: Generation) -> list[Path]:
+    """Move the damaged chunks of a generation out of the way; where they are now.
+
+    A line in them may have an earlier row elsewhere, of an attempt that failed, which would pass for its answer from
+    now on. So failed lines are asked again too, and that is noted before the chunks go.
+    """
+    damaged = generation.damaged()
+    work = batch.work()
+    if damaged and work.mode != Mode.RESTART:
+        batch.set_work(work.restarts, Mode.RETRY_FAILED)
+    return [generation.set_aside(number) for number in damaged]
+
+
 class Answering:
     """One model's share of a batch."""
 
@@ -70,6 +84,8 @@ class Answering:
     def run(self, mode: Mode, tell: ProgressCallback, finished_before: int) -> tuple[ModelReport, Committed, bool]:
         """The report, what is committed now, and whether every line has a row (False: the deadline passed)."""
         generation, entry = self._generation, self._entry
+        if set_aside_damaged(self._batch, generation):
+            mode = Mode.RETRY_FAILED
         generation.remove_superseded()
         mine = lines_of(self._batch.requests_dir, entry.name, self._summary.last_line)
         state = generation.committed(self._summary.last_line)
@@ -102,7 +118,7 @@ class Answering:
     ) -> bool:
         options, entry = self._batch.spec.options, self._entry
         transform = body_transform(options, entry)
-        writer = ChunkWriter(self._generation, state, options.chunk_rows)
+        writer = ChunkWriter(self._generation, state, options.chunk_rows, self._batch.ensure_locked)
         done, failed_before = state.done, state.failures
         total = sum(self._summary.models.values())
         attempts = state.attempts

@@ -19,8 +19,8 @@ _REMEDIES = {
     errno.EDQUOT: "Free some space within your quota",
     errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
     errno.EROFS: "Make that file system writable, or set VLLM_BATCH_DATA to another one",
-    errno.EACCES: "Give this user the right to write there",
-    errno.EPERM: "Give this user the right to write there",
+    errno.EACCES: "Give this user access to it",
+    errno.EPERM: "Give this user access to it",
     errno.EIO: "Check that disk",
 }
 

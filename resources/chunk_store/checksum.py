@@ -23,7 +23,7 @@ def sealed(content: pa.Buffer) -> bytearray:
     return file
 
 
-def is_intact(file: bytes) -> bool:
+def is_intact(file: bytes | bytearray) -> bool:
     """Whether a file is byte for byte as it was sealed."""
     place = file.rfind(_PREFIX)
     if place < 0:

@@ -134,22 +134,27 @@ class Generation:
             )
         self._intact.add(number)
 
-    def set_aside_damaged(self) -> list[Path]:
-        """Verify every chunk and move the damaged ones to `damaged/`; where they are now. For the lock's holder."""
-        aside = []
+    def damaged(self) -> list[int]:
+        """Verify every chunk; the numbers of those that are not as they were written."""
+        found = []
         for number in self.chunk_numbers():
             try:
                 self.verify(number)
             except ChunkDamaged:
-                path = self.chunk_path(number)
-                kept = self.folder / "damaged" / f"{path.stem}-{secrets.token_hex(3)}{path.suffix}"
-                log.warning("%s is damaged: it is moved to %s, and its lines are asked again", path, kept)
-                durable.make_folder(kept.parent)
-                path.rename(kept)
-                durable.sync_folder(self.folder)
-                failpoints.reached("damage set aside", path)
-                aside.append(kept)
-        return aside
+                found.append(number)
+        return found
+
+    def set_aside(self, number: int) -> Path:
+        """Move a chunk to `damaged/`; where it is now. For the lock's holder."""
+        path = self.chunk_path(number)
+        kept = self.folder / "damaged" / f"{path.stem}-{secrets.token_hex(3)}{path.suffix}"
+        log.warning("%s is damaged: it is moved to %s, and its lines are asked again", path, kept)
+        durable.make_folder(kept.parent)
+        path.rename(kept)
+        failpoints.reached("set aside", path)
+        for folder in (kept.parent, self.folder):
+            durable.sync_folder(folder)
+        return kept
 
     def committed(self, last_line: int) -> Committed:
         """Read what is committed: a few narrow columns of every chunk. `last_line` sizes the arrays."""
@@ -172,8 +177,8 @@ class Generation:
         return state
 
     def remove_superseded(self) -> None:
-        """Finish a merge that was cut off between its commit and the removal of its sources. For the lock's holder, after
-        `set_aside_damaged`: while the merged chunk is sound, its sources are not needed."""
+        """Finish a merge that was cut off between its commit and the removal of its sources. For the lock's holder,
+        once damaged chunks are set aside: the sources of a sound one are not needed."""
         if not self.folder.is_dir():
             return
         durable.remove_temporaries(self.folder)

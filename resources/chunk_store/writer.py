@@ -59,6 +59,7 @@ class ChunkWriter:
         group: list[int] = []
         size = 0
         for number in sources:
+            self._generation.verify(number)  # damage must not get a checksum of its own
             path_bytes = sum(_uncompressed(self._generation.open_chunk(number)))
             if group and size + path_bytes > MAX_CHUNK_BYTES:
                 self._merge_group(group)
@@ -70,8 +71,6 @@ class ChunkWriter:
     def _merge_group(self, sources: list[int]) -> None:
         if len(sources) < 2:
             return
-        for number in sources:
-            self._generation.verify(number)  # damage must not get a checksum of its own
         tables = [self._generation.open_chunk(number).read() for number in sources]
         merged = self._write(pa.concat_tables(tables).combine_chunks(), sources)
         failpoints.reached("merged", self._generation.chunk_path(merged))

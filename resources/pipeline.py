@@ -261,7 +261,7 @@ def _check_snapshot(batch: Batch, catalog: Catalog, stop: threading.Event, tell:
             stream, spec.suffix, spec.options.model, catalog, folder, total=spec.lines or 0, stop=stop, progress=tell
         )
     sync_parts(folder)
-    failpoints.reached("parts written", batch.requests_dir)
+    failpoints.reached("written", batch.requests_dir)
     durable.write_file(folder / "summary.json", json.dumps(summary.as_dict(), indent=1).encode())
     batch.ensure_locked()
     durable.publish_folder(folder, batch.requests_dir)

@@ -91,7 +91,7 @@ class BatchStore:
                 suffix = ".jsonl"
             name = os.fsencode(source.name).decode("utf-8", "replace")
             copied = _snapshot(source, folder / f"input{suffix}", limit)
-            failpoints.reached("snapshot written", folder / f"input{suffix}")
+            failpoints.reached("written", folder / f"input{suffix}")
             identity = identity_of(copied.sha256, suffix, checked, engine)
             spec = BatchSpec(
                 key=key_of(name, input_suffix(source) or "", identity),

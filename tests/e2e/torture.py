@@ -43,6 +43,7 @@ WAITING_CHUNKS = 2
 BOUND = CONCURRENCY + (WAITING_CHUNKS + 1) * CHUNK_ROWS
 OPTIONS = {"chunk_rows": CHUNK_ROWS, "flush_seconds": 0.01}
 LONGEST_RUN_SECONDS = 60
+_ANSWERING_SECONDS = 0.8
 
 _FILE = ("opened", "written", "synced", "renamed", "durable")
 WINDOWS = [
@@ -112,7 +113,7 @@ class Torture:
         self.dice = random.Random(seed)
         self._seed, self._say = seed, say
         self._lines: dict[str, tuple[str, str]] = {}
-        self.run_seconds = 2.0
+        self._run_seconds = 2.0
 
     def __enter__(self) -> Self:
         self._engine = python("-m", "tests.e2e.witness", self.folder, str(self._seed), cwd=ROOT)
@@ -179,16 +180,13 @@ class Torture:
         began = time.monotonic()
         run = self.start(mode, f"KILL {window} {nth}" if window else None)
         if window is None:
-            try:
-                run.communicate(timeout=self.dice.uniform(0.3, 1.1) * self.run_seconds)
-            except subprocess.TimeoutExpired:
-                run.kill()
+            self._kill_at_random(run, asked_before)
         _, errors = run.communicate(timeout=LONGEST_RUN_SECONDS)
         wait_until(self._all_is_written_down)
         after, asked = self.committed(), self.asked() - asked_before
         if run.returncode != -signal.SIGKILL:
             assert run.returncode in (0, 1), errors
-            self.run_seconds = time.monotonic() - began
+            self._run_seconds = time.monotonic() - began
             return False
         figures = self.figures
         figures.kills += 1
@@ -203,6 +201,17 @@ class Torture:
         assert not lost, f"{len(lost)} committed rows are gone after a kill at {window}"
         assert cost <= BOUND, f"a kill at {window} costs {cost} requests, more than {BOUND}"
         return True
+
+    def _kill_at_random(self, run: subprocess.Popen[str], asked_before: int) -> None:
+        """At any moment; three times in four at one after the first request, since most of the time is for starting."""
+        seconds = self.dice.uniform(0.2, 1) * self._run_seconds
+        if self.dice.random() < 0.75:
+            wait_until(lambda: self.asked() > asked_before or run.poll() is not None, LONGEST_RUN_SECONDS)
+            seconds = self.dice.uniform(0, 1) * _ANSWERING_SECONDS
+        try:
+            run.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            run.kill()
 
     def complete(self, mode: str = "resume") -> None:
         """A run that nobody kills, and the comparison of everything with what is right."""

@@ -67,8 +67,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
         temporary.replace(path)
         failpoints.reached("renamed", path)
     except OSError as error:
-        error.filename = str(path)  # writing and syncing name no file, and people do not know the temporary one
-        error.filename2 = None
+        if error.filename in (None, str(temporary)):  # writing and syncing name no file, opening the temporary one
+            error.filename, error.filename2 = str(path), None
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -101,11 +101,8 @@ def sync_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder with a durable name where there is none. Those above it are never made."""
-    try:
-        path.mkdir()
-    except FileExistsError:
-        return
+    """Make a folder where there is none, and its name durable. Those above it are never made."""
+    path.mkdir(exist_ok=True)
     sync_folder(path.parent)
     failpoints.reached("made", path)
 

@@ -42,8 +42,9 @@ def stopped_half_way(torture: Torture) -> Iterator[subprocess.Popen[str]]:
 
 
 def end_of(run: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit code, and what it said on stderr as one line."""
     _, errors = run.communicate(timeout=60)
-    return run.returncode, errors
+    return run.returncode, " ".join(errors.split())
 
 
 def content_of(folder: Path) -> dict[str, str]:

@@ -56,6 +56,17 @@ def meet(notes: Path, fate: str) -> None:
     failpoints.arm(reached)
 
 
+def forked(notes: Path, fate: str, errors: Path, environment: dict[str, str], arguments: list[str]) -> None:
+    """The command in a process that has imported everything already. Its stderr goes to a file."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+    os.chdir(notes.parent)  # no `.env` of a developer
+    for name in [name for name in os.environ if name.startswith("VLLM_BATCH_")]:
+        del os.environ[name]
+    os.environ.update(environment, NO_COLOR="1", COLUMNS="200")
+    meet(notes, fate)
+    app(arguments)
+
+
 if __name__ == "__main__":
     meet(Path(sys.argv[1]), sys.argv[2])
     app(sys.argv[3:])

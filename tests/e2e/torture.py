@@ -47,7 +47,7 @@ OPTIONS = {"chunk_rows": CHUNK_ROWS, "flush_seconds": 0.01}
 LONGEST_RUN_SECONDS = 60
 _ANSWERING_SECONDS = 0.8
 _FORKING = multiprocessing.get_context("forkserver")
-_FORKING.set_forkserver_preload(["tests.e2e.torture"])
+_FORKING.set_forkserver_preload(["tests.e2e.victim", "tests.helpers"])
 
 _FILE = ("opened", "written", "synced", "renamed", "durable")
 WINDOWS = [

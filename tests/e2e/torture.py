@@ -326,8 +326,10 @@ def main() -> None:
             for mode, kills in (("resume", 9), ("retry_failed", 4), ("restart", 6)):
                 for _ in range(kills):
                     window, nth = next(coming)
-                    if figures.kills < arguments.kills and not torture.killed(mode, window, nth):
-                        torture.compare()
+                    if not torture.killed(mode, window, nth):
+                        break  # the window was not on the way any more: it is complete
+                    if figures.kills >= arguments.kills:
+                        break
                 torture.complete(mode)
                 torture.heal()
         unknown, unmet = torture.passed - set(WINDOWS), set(WINDOWS) - torture.passed

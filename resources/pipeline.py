@@ -344,9 +344,6 @@ def _recorded(batch: Batch, phase: str, progress: ProgressCallback) -> Iterator[
         error = {"code": failure.code, "message": str(failure), "final": True}
         note({"status": "failed", "error": error}, durable_write=True)
         raise
-    except FileNotFoundError:
-        batch.ensure_locked()  # where the whole folder was removed, say that
-        raise
     except (BatchStopped, KeyboardInterrupt) as stopped:
         error = {"code": "stopped", "message": str(stopped), "final": False}
         note({"status": "interrupted", "error": error})
@@ -355,5 +352,7 @@ def _recorded(batch: Batch, phase: str, progress: ProgressCallback) -> Iterator[
         status = "failed" if isinstance(failure, Exception) else "interrupted"
         error = {"code": type(failure).__name__, "message": str(failure)[:4000], "final": False}
         note({"status": status, "error": error})
+        if isinstance(failure, FileNotFoundError):
+            batch.ensure_locked()  # where the whole folder was removed, say that
         raise
     note({"status": "completed" if phase == "publish" else "idle"})

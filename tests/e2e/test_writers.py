@@ -16,7 +16,7 @@ from tests.helpers import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
-LINES = 400
+LINES = 600
 
 
 @pytest.fixture

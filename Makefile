@@ -22,7 +22,7 @@ export DAGSTER_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help venv demo-model demo up test test-fast check format bench clean
+.PHONY: help venv demo-model demo up test test-fast torture check format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ test: venv demo-model ## all tests, those with a real vLLM included
 
 test-fast: venv ## the tests that need no model and no processes of ours: under a minute
 	@$(BIN)/pytest -m "not engine and not e2e"
+
+torture: venv ## kill real batch runs 200 times and count what is lost or repeated: minutes (KILLS=, SEED=)
+	@$(BIN)/python -m tests.e2e.torture --kills $(or $(KILLS),200) --seed $(or $(SEED),1)
 
 check: venv ## lint, format, types, import rules
 	$(BIN)/ruff check

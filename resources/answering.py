@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from resources.batch_store.batch import Batch
@@ -14,7 +15,7 @@ from resources.batch_store.ordering import rows_to_ask
 from resources.batch_store.requests import RequestsSummary, lines_of, valid_rows
 from resources.chunk_store.generation import Committed, Generation
 from resources.chunk_store.ledger import Booking, Ledger, Tokens, booking
-from resources.chunk_store.retry import Retry
+from resources.chunk_store.retry import ERRORS, Retry
 from resources.chunk_store.schema import ChunkRow
 from resources.chunk_store.writer import ChunkWriter
 from resources.engine.catalog import ModelEntry
@@ -70,6 +71,20 @@ class ModelReport:
         return asdict(self) | {"tokens_per_second": round(self.tokens_per_second, 1)}
 
 
+def set_aside_damaged(batch: Batch, generation: Generation) -> list[Path]:
+    """Move the damaged chunks of a generation out of the way; where they are now.
+
+    A line in them may have an earlier row elsewhere, of an attempt that failed, which would pass for its answer from
+    now on. So failed lines are asked again too, and that is noted before the chunks go.
+    """
+    damaged = generation.damaged()
+    work = batch.work()
+    if damaged and work.mode != Mode.RESTART:
+        chosen = work.retry.failures if work.retry else frozenset()
+        batch.set_work(work.restarts, Mode.RETRY_FAILED, Retry(ERRORS | chosen))
+    return [generation.set_aside(number) for number in damaged]
+
+
 class Answering:
     """One model's share of a batch."""
 
@@ -91,6 +106,8 @@ class Answering:
     ) -> tuple[ModelReport, Committed, bool]:
         """The report, what is committed now, and whether every line has a row (False: the deadline passed)."""
         generation, entry = self._generation, self._entry
+        if set_aside_damaged(self._batch, generation):
+            retry = self._batch.work().retry or Retry(ERRORS)
         generation.remove_superseded()
         mine = lines_of(self._batch.requests_dir, entry.name, self._summary.last_line)
         state = generation.committed(self._summary.last_line, retry)
@@ -124,7 +141,7 @@ class Answering:
     ) -> bool:
         options, entry = self._batch.spec.options, self._entry
         transform = body_transform(options, entry)
-        writer = ChunkWriter(self._generation, state, options.chunk_rows)
+        writer = ChunkWriter(self._generation, state, options.chunk_rows, self._batch.ensure_locked)
         ledger = Ledger(self._generation.folder, _tokens(state))
         done, failed_before = state.done, state.failures
         total = sum(self._summary.models.values())

@@ -12,7 +12,9 @@ BatchError                      what a person can do something about; the messag
   EngineError
     EngineStartFailed           the engine did not come up; carries the last lines of its log
     EngineDown                  the engine went away and stayed away; uncommitted rows are asked again by the next run
-  CheckpointError               a chunk or manifest that cannot be what it should be
+  CheckpointError               a chunk or spec that cannot be what it should be
+    ChunkDamaged                one chunk is not as it was written; the next run sets it aside and asks its lines again
+  StorageError                  the disk refused: full, read-only, no right to write
 """
 
 from collections.abc import Sequence
@@ -87,4 +89,12 @@ class EngineDown(EngineError):
 
 
 class CheckpointError(BatchError):
+    pass
+
+
+class ChunkDamaged(CheckpointError):
+    pass
+
+
+class StorageError(BatchError):
     pass

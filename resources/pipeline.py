@@ -6,17 +6,18 @@ is done already is found and left alone. The caller holds the batch's lock; each
 """
 
 import json
+import secrets
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from resources import durable
-from resources.answering import Answering, Mode, ModelReport
+from resources import durable, failpoints
+from resources.answering import Answering, Mode, ModelReport, set_aside_damaged
 from resources.batch_format.lines import open_regular
 from resources.batch_format.requests import Code
 from resources.batch_store.batch import Batch
@@ -27,7 +28,15 @@ from resources.chunk_store.generation import Generation
 from resources.chunk_store.retry import ERRORS, Failures, Retry
 from resources.engine.catalog import Catalog, EngineKind, ModelEntry
 from resources.engine.factory import EngineStarter
-from resources.errors import BatchError, BatchFailed, BatchStopped, CheckpointError, LineError
+from resources.errors import (
+    BatchError,
+    BatchFailed,
+    BatchLocked,
+    BatchStopped,
+    CheckpointError,
+    ChunkDamaged,
+    LineError,
+)
 from resources.progress import Progress, ProgressCallback, silent
 
 
@@ -45,7 +54,9 @@ class AnswerReport:
         return sum(model.copied for model in self.models)
 
 
-_TO_PUBLISH = "publish"
+_PUBLISH = "publish"
+_PUBLISH_RESTART = "publish_restart"
+_TO_PUBLISH = (_PUBLISH, _PUBLISH_RESTART)
 
 
 def check(
@@ -107,7 +118,7 @@ def answer(
             raise BatchError(_pruned(batch))
         _refuse_what_cannot_run(batch, summary)
         retry = _begin(batch, mode, failed)
-        before = batch.current()
+        before = batch.current() or _published_generations(batch)
         current: dict[str, dict[str, Any]] = {}
         finished_before = 0
         for model, total in summary.models.items():
@@ -118,11 +129,11 @@ def answer(
             report.expired |= not complete
             finished_before += committed.done
             current[model] = _current_entry(before.get(model), model_report, committed.rows)
-        if current != before:
-            batch.results_dir.mkdir(exist_ok=True)
+        if current != batch.current():
+            durable.make_folder(batch.results_dir)
             batch.set_current(current)
         if batch.work().mode is not None:
-            batch.set_work(batch.work().restarts, _TO_PUBLISH)
+            batch.set_work(batch.work().restarts, _PUBLISH_RESTART if _is_restarting(batch) else _PUBLISH)
         return report
 
 
@@ -131,19 +142,28 @@ def publish(batch: Batch, *, stop: threading.Event | None = None, progress: Prog
     with _recorded(batch, "publish", progress) as tell:
         current = batch.current()
         known = batch.output_summary()
-        if known is not None and batch.is_published() and batch.work().mode != _TO_PUBLISH:
+        if known is not None and batch.is_published() and batch.work().mode not in _TO_PUBLISH:
             return OutputSummary(**known)
         if not current:
             raise BatchError(f"{batch.key}: it has no complete results yet; materialize batch_results first.")
         revision = "-".join(str(entry["revision"]) for entry in current.values()) or "0"
-        name = f"{revision}-{time.time_ns():x}"
-        batch.outputs_dir.mkdir(exist_ok=True)
+        name = f"{revision}-{secrets.token_hex(6)}"
+        durable.make_folder(batch.outputs_dir)
         temporary = durable.temporary_beside(batch.outputs_dir / name)
-        summary = write_to(batch, temporary, current, "batch_expired", stop or threading.Event(), tell)
+        try:
+            summary = write_to(batch, temporary, current, "batch_expired", stop or threading.Event(), tell)
+        except ChunkDamaged:
+            for entry in current.values():
+                set_aside_damaged(batch, Generation(batch.results_dir / entry["generation"]))
+            raise ChunkDamaged(
+                f"{batch.key}: nothing new is published, since some of its chunks were damaged. They are set aside; "
+                "run the batch again: their lines are asked anew, all others stay."
+            ) from None
+        batch.ensure_locked()
         durable.publish_folder(temporary, batch.outputs_dir / name)
         durable.point_link(batch.output_dir, f"{batch.outputs_dir.name}/{name}")
         _remove_older(batch, name)
-        if batch.work().mode == _TO_PUBLISH:
+        if batch.work().mode in _TO_PUBLISH:
             batch.set_work(batch.work().restarts, None)
         return summary
 
@@ -219,7 +239,7 @@ def _begin(batch: Batch, mode: Mode, failed: Failures) -> Retry | None:
     work = batch.work()
     if mode is Mode.RESUME:
         return work.retry
-    if mode is Mode.RESTART and work.mode != Mode.RESTART:
+    if mode is Mode.RESTART and not _is_restarting(batch):
         deadline = batch.deadline()
         if deadline is not None and datetime.now(UTC) >= deadline:
             raise BatchError(f"{batch.key}: its deadline has passed, so a restart would ask nothing.")
@@ -228,10 +248,15 @@ def _begin(batch: Batch, mode: Mode, failed: Failures) -> Retry | None:
     if mode is Mode.RETRY_FAILED and work.retry and work.retry.failures == failed:
         return work.retry
     retry = Retry(failed) if mode is Mode.RETRY_FAILED else None
-    if work.mode != Mode.RESTART:
+    if not _is_restarting(batch):
         begun = retry and replace(retry, begun_at=time.time_ns() // 1000)
         batch.set_work(work.restarts, mode, begun)
     return retry
+
+
+def _is_restarting(batch: Batch) -> bool:
+    """Whether a restart was begun and is not published: to ask for one again then is to go on with it."""
+    return batch.work().mode in (Mode.RESTART, _PUBLISH_RESTART)
 
 
 def _refuse_what_cannot_run(batch: Batch, summary: RequestsSummary) -> None:
@@ -269,7 +294,9 @@ def _check_snapshot(batch: Batch, catalog: Catalog, stop: threading.Event, tell:
             stream, spec.suffix, spec.options.model, catalog, folder, total=spec.lines or 0, stop=stop, progress=tell
         )
     sync_parts(folder)
+    failpoints.reached("written", batch.requests_dir)
     durable.write_file(folder / "summary.json", json.dumps(summary.as_dict(), indent=1).encode())
+    batch.ensure_locked()
     durable.publish_folder(folder, batch.requests_dir)
     return summary
 
@@ -282,10 +309,15 @@ def _catalog_says_otherwise(summary: RequestsSummary, catalog: Catalog) -> bool:
 
 def _current_entry(before: dict[str, Any] | None, report: ModelReport, rows: int) -> dict[str, Any]:
     """The revision goes up by one when there are new rows to read."""
-    unchanged = before is not None and before["generation"] == report.generation and before["rows"] == rows
-    if before is not None and unchanged:
+    same = before is not None and before["generation"] == report.generation and before["rows"] == rows
+    if before is not None and same and not report.asked:
         return before
     return {"generation": report.generation, "revision": (before["revision"] if before else 0) + 1, "rows": rows}
+
+
+def _published_generations(batch: Batch) -> dict[str, dict[str, Any]]:
+    """What `current.json` said, where it is damaged: the outputs carry a copy."""
+    return dict((batch.output_summary() or {}).get("generations", {}))
 
 
 def _pruned(batch: Batch) -> str:
@@ -327,23 +359,33 @@ def _recorded(batch: Batch, phase: str, progress: ProgressCallback) -> Iterator[
         nonlocal last_written
         if time.monotonic() - last_written >= 1:
             last_written = time.monotonic()
-            batch.write_run_record(record | {"progress": {**now.__dict__, "eta_seconds": now.eta_seconds}})
+            batch.ensure_locked()
+            note({"progress": {**now.__dict__, "eta_seconds": now.eta_seconds}})
         progress(now)
 
-    batch.write_run_record(record)
+    def note(more: dict[str, Any], durable_write: bool = False) -> None:
+        # It is only shown to people: a full disk, say, must not keep them from the error that tells of it.
+        with suppress(OSError, BatchLocked):
+            batch.write_run_record(record | more, durable_write=durable_write)
+
+    batch.ensure_locked()
+    note({})
     try:
-        yield tell
+        with durable.storage_errors(batch.root):
+            yield tell
     except BatchFailed as failure:
         error = {"code": failure.code, "message": str(failure), "errors": failure.errors, "final": True}
-        batch.write_run_record(record | {"status": "failed", "error": error}, durable_write=True)
+        note({"status": "failed", "error": error}, durable_write=True)
         raise
     except (BatchStopped, KeyboardInterrupt) as stopped:
         error = {"code": "stopped", "message": str(stopped), "final": False}
-        batch.write_run_record(record | {"status": "interrupted", "error": error})
+        note({"status": "interrupted", "error": error})
         raise
     except BaseException as failure:
         status = "failed" if isinstance(failure, Exception) else "interrupted"
         error = {"code": type(failure).__name__, "message": str(failure)[:4000], "final": False}
-        batch.write_run_record(record | {"status": status, "error": error})
+        note({"status": status, "error": error})
+        if isinstance(failure, FileNotFoundError):
+            batch.ensure_locked()  # where the whole folder was removed, say that
         raise
-    batch.write_run_record(record | {"status": "completed" if phase == "publish" else "idle"})
+    note({"status": "completed" if phase == "publish" else "idle"})

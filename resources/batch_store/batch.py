@@ -12,6 +12,8 @@ output -> outputs/<revision>/output.jsonl errors.jsonl results/part-*.parquet su
 """
 
 import json
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,15 +24,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from resources import durable
-from resources.batch_store.lock import lock_owner, writer_lock
+from resources.batch_store.lock import ensure_held, lock_owner, writer_lock
 from resources.batch_store.spec import BatchSpec
 from resources.chunk_store.retry import ERRORS, FailureKind, Retry
 from resources.errors import BatchNotFound, CheckpointError
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Work:
-    """`mode` is what was begun: a mode of a run, or `publish` once all is answered; None where nothing is left.
+    """`mode` is what was begun: a mode of a run, or `publish...` once all is answered; None where nothing is left.
     `restarts` counts how often all was asked anew: each time in generations of their own. `retry` is what the mode
     retry_failed asks again."""
 
@@ -73,12 +77,16 @@ class Batch:
     def lock(self, owner: str) -> Iterator[None]:
         """Be the one that works on this batch. Leftovers of a killed process are removed on entry."""
         with writer_lock(self.root / "lock", owner):
-            for folder in (self.root, self.outputs_dir):
+            for folder in (self.root, self.results_dir, self.outputs_dir):
                 durable.remove_temporaries(folder)
             yield
 
     def locked_by(self) -> dict[str, Any] | None:
         return lock_owner(self.root / "lock")
+
+    def ensure_locked(self) -> None:
+        """Raises BatchLocked where this process does not hold the batch's lock, or no longer the one others meet."""
+        ensure_held(self.root / "lock")
 
     # What the stages say of themselves: small JSON files, each written in one step.
 
@@ -95,11 +103,14 @@ class Batch:
         return _read_json(self.results_dir / "current.json") or {}
 
     def set_current(self, current: dict[str, dict[str, Any]]) -> None:
+        self.ensure_locked()
         durable.write_file(self.results_dir / "current.json", json.dumps(current, indent=1).encode())
 
     def work(self) -> "Work":
         """What was begun and is not published yet. A plain run goes on with it."""
-        content = _read_json(self.root / "work.json") or {}
+        content = _read_json(self.root / "work.json")
+        if content is None:
+            return Work(self._restarts_by_folders(), None)
         mode = content.get("mode")
         retry = None
         if mode == "retry_failed":
@@ -107,7 +118,13 @@ class Batch:
             retry = Retry(failures, content.get("begun_at"))
         return Work(int(content.get("restarts", 0)), mode, retry)
 
+    def _restarts_by_folders(self) -> int:
+        """What `work.json` said, where it is damaged: a generation is named after the restart that began it."""
+        found = (re.search(r"-(\d+)$", path.name) for path in self.results_dir.glob("*/*"))
+        return max((int(match[1]) for match in found if match), default=0)
+
     def set_work(self, restarts: int, mode: str | None, retry: Retry | None = None) -> None:
+        self.ensure_locked()
         content: dict[str, Any] = {"restarts": restarts, "mode": mode}
         if retry is not None:
             content |= {"failed": sorted(retry.failures), "begun_at": retry.begun_at}
@@ -118,6 +135,7 @@ class Batch:
         return _read_json(self.root / "run.json") or {}
 
     def write_run_record(self, record: dict[str, Any], *, durable_write: bool = False) -> None:
+        self.ensure_locked()
         record = {**record, "updated_at": datetime.now(UTC).isoformat(timespec="milliseconds")}
         durable.write_file(self.root / "run.json", json.dumps(record, indent=1).encode(), durable=durable_write)
 
@@ -156,5 +174,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        log.warning("%s is damaged and taken as not there; the next run writes it anew", path)
         return None
-    return content if isinstance(content, dict) else None
+    return content

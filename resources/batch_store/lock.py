@@ -11,10 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from resources.durable import storage_errors
 from resources.errors import BatchLocked, BatchNotFound
 
 _TRIES = 10
 _TRY_SECONDS = 0.03
+_held: dict[Path, int] = {}
+"""The locks that this process holds, by path, with their descriptors."""
 
 
 @contextmanager
@@ -34,14 +37,34 @@ def writer_lock(path: Path, owner: str) -> Iterator[None]:
         if not _same_file(handle, path):
             raise BatchNotFound(f"{path.parent.name} was removed just now.")
         content = {"owner": owner, "pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(content).encode(), 0)
+        with storage_errors(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(content).encode(), 0)
+        _held[path] = handle
         try:
             yield
         finally:
+            del _held[path]
             fcntl.flock(handle, fcntl.LOCK_UN)  # now, and not when a child that is between fork and exec lets it go
     finally:
         os.close(handle)
+
+
+def ensure_held(path: Path) -> None:
+    """See that this process still holds the lock, and that it is the one that others meet: a process that was stopped
+    for a while may find its batch removed, or worked on by somebody else, behind its back.
+
+    Raises:
+        BatchLocked: it does not, or it is not. Nothing more must be written.
+    """
+    handle = _held.get(path)
+    if handle is None:
+        raise BatchLocked(f"{path.parent.name}: this process does not hold its lock, so it writes nothing.")
+    if not _same_file(handle, path):
+        raise BatchLocked(
+            f"{path.parent.name}: its folder or its lock was removed or replaced while this process worked on it, so "
+            "it writes nothing more. Register the file again, or run the batch again if it is still there."
+        )
 
 
 def lock_owner(path: Path) -> dict[str, Any] | None:
@@ -73,7 +96,8 @@ def _acquire(handle: int) -> bool:
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with storage_errors(path):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
         raise BatchNotFound(f"{path.parent.name}: its folder is gone.") from None
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from resources import durable
+from resources import durable, failpoints
 from resources.batch_format.lines import MAX_LINE_BYTES, input_suffix, iter_lines, open_regular
 from resources.batch_format.options import load_sidecar, parse_options
 from resources.batch_store.batch import Batch, read_spec
@@ -72,6 +72,18 @@ class BatchStore:
         suffix = input_suffix(source)
         if suffix is None:
             raise InputRefused(f"{source}: a batch file ends in .jsonl, .jsonl.gz or .jsonl.zst.")
+        with durable.storage_errors(self.root):
+            return self._register(source, suffix, options, engine, limit, restore)
+
+    def _register(
+        self,
+        source: Path,
+        suffix: str,
+        options: dict[str, Any] | None,
+        engine: Literal["null"] | None,
+        limit: int | None,
+        restore: bool,
+    ) -> Registration:
         given = load_sidecar(source) | (options or {})
         checked = parse_options(given, origin=f"options of {source.name}")
         self._targets.refuse_unknown(checked, origin=f"options of {source.name}")
@@ -83,6 +95,7 @@ class BatchStore:
                 suffix = ".jsonl"
             name = os.fsencode(source.name).decode("utf-8", "replace")
             copied = _snapshot(source, folder / f"input{suffix}", limit)
+            failpoints.reached("written", folder / f"input{suffix}")
             identity = identity_of(copied.sha256, suffix, checked, engine)
             spec = BatchSpec(
                 key=key_of(name, input_suffix(source) or "", identity),
@@ -146,6 +159,7 @@ class BatchStore:
             try:
                 durable.sync_folder(folder)
                 folder.rename(target)
+                failpoints.reached("registered", target)
                 durable.sync_folder(self.root)
                 return Registration(Batch(target, spec), created=True)
             except OSError:

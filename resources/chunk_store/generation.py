@@ -3,17 +3,21 @@
 The rules, in the order in which they hold:
 
 1. A chunk is written under a temporary name, synced, renamed, and the folder synced. One that has its name is whole
-   and committed; there is no other state of progress.
+   and committed; there is no other state of progress. A checksum over all its bytes tells when that is no longer so.
 2. A chunk holds rows in the order in which they finished. Each row carries its line number; what is done is the set of
    these numbers, never a count.
 3. A line may have several rows, from later attempts; the highest attempt wins.
 4. Small chunks are merged into full ones. The merged chunk names its sources and is committed before they are removed,
    so a reader may meet both and sees each (line, attempt) once.
 5. Only the holder of the batch's lock writes.
+6. A chunk that is damaged is nobody's answer. The holder of the lock moves it to `damaged/`, where nobody looks, before
+   it reads anything else; its lines have no row then, and are asked again.
 """
 
+import errno
 import json
 import logging
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,19 +29,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from resources import durable
+from resources import durable, failpoints
+from resources.chunk_store.checksum import is_intact
 from resources.chunk_store.fingerprint import engine_versions, fingerprint, fingerprint_inputs
 from resources.chunk_store.retry import Retry
 from resources.chunk_store.schema import CHUNK
 from resources.engine.catalog import ModelEntry
-from resources.errors import CheckpointError
+from resources.errors import CheckpointError, ChunkDamaged
 
 log = logging.getLogger(__name__)
 
 SOURCES_KEY = b"merged_from"
 _STATE_COLUMNS = ["line", "attempt", "status_code", "prompt_tokens", "completion_tokens"]
-_CHUNK_BEFORE = pa.schema([field for field in CHUNK if field.name != "fits_schema"])
-"""The columns of chunks written before `fits_schema` was one. They are read as if it were null."""
 
 
 @dataclass
@@ -77,6 +80,7 @@ class Generation:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._intact: set[int] = set()
 
     @staticmethod
     def of(results_dir: Path, entry: ModelEntry, restarts: int = 0) -> "Generation":
@@ -99,24 +103,61 @@ class Generation:
         return sorted(int(name) for name in names if name.isdigit())
 
     def open_chunk(self, number: int) -> pq.ParquetFile:
-        """Raises CheckpointError where the file is no chunk; names it and says what to do."""
+        """A chunk whose every byte was compared with its checksum, by this object, when it opened it first.
+
+        Raises:
+            ChunkDamaged: names the file and says what becomes of it.
+            CheckpointError: it is not there, or is a chunk of something else.
+        """
         path = self.chunk_path(number)
+        if number not in self._intact:
+            self.verify(number)
         try:
             chunk = pq.ParquetFile(path)
-            if not chunk.schema_arrow.equals(CHUNK) and not chunk.schema_arrow.equals(_CHUNK_BEFORE):
-                raise pa.ArrowInvalid("it has other columns")
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}). Move it away and run the batch again: its lines will be asked anew."
-            ) from None
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is gone; run the batch again: lines without a row are asked.") from None
+        if not chunk.schema_arrow.equals(CHUNK):
+            raise CheckpointError(f"{path} has other columns than a chunk; move it away and run the batch again.")
         return chunk
 
-    def read_chunk(self, number: int) -> pa.Table:
-        """All rows of a chunk, in the columns of CHUNK."""
-        table = self.open_chunk(number).read()
-        if "fits_schema" not in table.column_names:
-            table = table.append_column(CHUNK.field("fits_schema"), pa.nulls(len(table), pa.bool_()))
-        return table
+    def verify(self, number: int) -> None:
+        """Compare a chunk with its checksum. Raises as `open_chunk`."""
+        path = self.chunk_path(number)
+        try:
+            intact = is_intact(path.read_bytes())
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is gone; run the batch again: lines without a row are asked.") from None
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            intact = False
+        if not intact:
+            raise ChunkDamaged(
+                f"{path} is damaged. Run the batch again: the chunk is set aside and its lines are asked anew."
+            )
+        self._intact.add(number)
+
+    def damaged(self) -> list[int]:
+        """Verify every chunk; the numbers of those that are not as they were written."""
+        found = []
+        for number in self.chunk_numbers():
+            try:
+                self.verify(number)
+            except ChunkDamaged:
+                found.append(number)
+        return found
+
+    def set_aside(self, number: int) -> Path:
+        """Move a chunk to `damaged/`; where it is now. For the lock's holder."""
+        path = self.chunk_path(number)
+        kept = self.folder / "damaged" / f"{path.stem}-{secrets.token_hex(3)}{path.suffix}"
+        log.warning("%s is damaged: it is moved to %s, and its lines are asked again", path, kept)
+        durable.make_folder(kept.parent)
+        path.rename(kept)
+        failpoints.reached("set aside", path)
+        for folder in (kept.parent, self.folder):
+            durable.sync_folder(folder)
+        return kept
 
     def committed(self, last_line: int, retry: Retry | None = None) -> Committed:
         """Read what is committed: a few narrow columns of every chunk. `last_line` sizes the arrays."""
@@ -125,7 +166,7 @@ class Generation:
         columns = _STATE_COLUMNS + (retry.columns if retry else [])
         for number in self.chunk_numbers():
             chunk = self.open_chunk(number)
-            table = chunk.read([name for name in columns if name in chunk.schema_arrow.names])
+            table = chunk.read(columns)
             lines = table["line"].to_numpy()
             if len(lines) and int(lines.max()) > last_line:
                 raise CheckpointError(f"{self.chunk_path(number)} holds line {lines.max()}, the input has {last_line}.")
@@ -144,7 +185,8 @@ class Generation:
         return state
 
     def remove_superseded(self) -> None:
-        """Finish a merge that was cut off between its commit and the removal of its sources. For the lock's holder."""
+        """Finish a merge that was cut off between its commit and the removal of its sources. For the lock's holder,
+        once damaged chunks are set aside: the sources of a sound one are not needed."""
         if not self.folder.is_dir():
             return
         durable.remove_temporaries(self.folder)
@@ -157,35 +199,38 @@ class Generation:
         """Make the folder and its manifest, or note in it that other versions go on from here."""
         manifest = self.manifest()
         versions = engine_versions(entry)
+        first = max(self.chunk_numbers(), default=-1) + 1
         if manifest is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            durable.sync_folder(self.folder.parent)
+            for folder in (self.folder.parent.parent, self.folder.parent, self.folder):
+                durable.make_folder(folder)
             manifest = {
                 "format_version": 1,
                 "fingerprint": self.folder.name,
                 "inputs": fingerprint_inputs(entry),
                 "created_at": datetime.now(UTC).isoformat(),
-                "versions": [{"from_chunk": 0, **versions}],
+                "versions": [{"from_chunk": first, **versions}],
             }
         else:
             last = {k: v for k, v in manifest["versions"][-1].items() if k != "from_chunk"}
             if last == versions:
                 return
-            first = max(self.chunk_numbers(), default=-1) + 1
             log.warning("%s goes on from chunk %d with %s; before it was %s", self.name, first, versions, last)
             manifest["versions"].append({"from_chunk": first, **versions})
         durable.write_file(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
 
     def manifest(self) -> dict[str, Any] | None:
+        """What `start` noted; None where it is not there or damaged. The folder's name decides, so nothing is lost."""
+        path = self.folder / "manifest.json"
         try:
-            content = json.loads((self.folder / "manifest.json").read_bytes())
+            content = json.loads(path.read_bytes())
+            if isinstance(content["versions"][-1], dict):
+                return dict(content)
         except FileNotFoundError:
             return None
-        except ValueError:
-            raise CheckpointError(
-                f"{self.folder / 'manifest.json'} is not JSON; remove it to have it written anew."
-            ) from None
-        return content if isinstance(content, dict) else None
+        except (ValueError, LookupError, TypeError):
+            pass
+        log.warning("%s is damaged; the next run writes it anew, without the versions of earlier chunks", path)
+        return None
 
     def __iter__(self) -> Iterator[tuple[int, pq.ParquetFile]]:
         for number in self.chunk_numbers():

@@ -65,7 +65,5 @@ class Retry:
 
 
 def _is(rows: pa.Table, name: str, value: object) -> npt.NDArray[np.bool_]:
-    if name not in rows.column_names:  # a chunk from before the column was
-        return np.zeros(len(rows), np.bool_)
     found: npt.NDArray[np.bool_] = pc.fill_null(pc.equal(rows[name], value), False).to_numpy()
     return found

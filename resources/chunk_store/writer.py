@@ -1,12 +1,15 @@
 """Commits chunks. All of it runs in one thread; the caller holds the batch's lock."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from resources import durable
+from resources import durable, failpoints
+from resources.chunk_store.checksum import BLANK, CHECKSUM_KEY, sealed
 from resources.chunk_store.generation import SOURCES_KEY, Committed, Generation
 from resources.chunk_store.schema import ChunkRow, to_table
 
@@ -19,11 +22,20 @@ class ChunkWriter:
 
     Small chunks come from a slow engine that flushes by time. They are merged once they make up a full chunk, so a row
     is rewritten about once, and what remains at the end is merged by `finish`.
+
+    `ensure_ours` is called before anything is written, and raises where the generation is not ours to write (any more).
     """
 
-    def __init__(self, generation: Generation, state: Committed, chunk_rows: int) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        state: Committed,
+        chunk_rows: int,
+        ensure_ours: Callable[[], None] = lambda: None,
+    ) -> None:
         self._generation = generation
         self._chunk_rows = chunk_rows
+        self._ensure_ours = ensure_ours
         numbers = generation.chunk_numbers()
         self._next = max(numbers, default=-1) + 1
         self._small = [(n, rows) for n, rows in state.small_chunks if rows * 2 <= chunk_rows]
@@ -42,10 +54,12 @@ class ChunkWriter:
             self._merge()
 
     def _merge(self) -> None:
+        self._ensure_ours()
         sources, self._small = [number for number, _ in self._small], []
         group: list[int] = []
         size = 0
         for number in sources:
+            self._generation.verify(number)  # damage must not get a checksum of its own
             path_bytes = sum(_uncompressed(self._generation.open_chunk(number)))
             if group and size + path_bytes > MAX_CHUNK_BYTES:
                 self._merge_group(group)
@@ -57,31 +71,43 @@ class ChunkWriter:
     def _merge_group(self, sources: list[int]) -> None:
         if len(sources) < 2:
             return
-        tables = [self._generation.read_chunk(number) for number in sources]
-        self._write(pa.concat_tables(tables).combine_chunks(), sources)
+        tables = [self._generation.open_chunk(number).read() for number in sources]
+        merged = self._write(pa.concat_tables(tables).combine_chunks(), sources)
+        failpoints.reached("merged", self._generation.chunk_path(merged))
         for number in sources:
             self._generation.chunk_path(number).unlink()
+            failpoints.reached("source removed", self._generation.chunk_path(number))
 
     def _write(self, table: pa.Table, sources: list[int]) -> int:
+        self._ensure_ours()
         number = self._next
-        if sources:
-            table = table.replace_schema_metadata({SOURCES_KEY: json.dumps(sources)})
-        write_parquet(table, self._generation.chunk_path(number))
-        durable.sync_folder(self._generation.folder)
+        durable.write_file(self._generation.chunk_path(number), chunk_file(table, sources))
         self._next += 1
         return number
+
+
+def chunk_file(table: pa.Table, sources: Sequence[int] = ()) -> bytearray:
+    """The bytes of a chunk with these rows, checksum included. `sources` are the chunks that it replaces."""
+    metadata = {CHECKSUM_KEY: BLANK} | ({SOURCES_KEY: json.dumps(list(sources))} if sources else {})
+    file = pa.BufferOutputStream()
+    _write_table(table.replace_schema_metadata(metadata), file)
+    return sealed(file.getvalue())
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write a file under a temporary name, sync it and rename it. The folder's sync is the caller's."""
     with durable.replacing(path) as stream:
-        pq.write_table(
-            table,
-            stream,
-            compression="zstd",
-            compression_level=1,
-            use_dictionary=[name for name in _DICTIONARY_COLUMNS if name in table.column_names],
-        )
+        _write_table(table, stream)
+
+
+def _write_table(table: pa.Table, target: Any) -> None:
+    pq.write_table(
+        table,
+        target,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=[name for name in _DICTIONARY_COLUMNS if name in table.column_names],
+    )
 
 
 def _uncompressed(chunk: pq.ParquetFile) -> list[int]:

@@ -33,9 +33,10 @@ def written(folder: Path, name: str = "in.jsonl", text: str | None = None) -> Pa
 def process(batch: Batch) -> None:
     """All three steps, with the null engine."""
     catalog = catalog_of()
-    pipeline.check(batch, catalog)
-    pipeline.answer(batch, catalog, EngineStarter(batch.root, batch.root))
-    pipeline.publish(batch)
+    with batch.lock("test"):
+        pipeline.check(batch, catalog)
+        pipeline.answer(batch, catalog, EngineStarter(batch.root, batch.root))
+        pipeline.publish(batch)
 
 
 def files_below(folder: Path) -> set[str]:
@@ -69,7 +70,8 @@ def test_limit_takes_the_first_lines_under_their_own_numbers(store: BatchStore, 
     path = written(tmp_path, text=chat("a") + "\n\n" + chat("b") + chat("c"))
     batch = store.register(path, limit=2).batch
     assert batch.input_path.read_text() == chat("a") + "\n\n" + chat("b")
-    assert pipeline.check(batch, catalog_of()).last_line == 4
+    with batch.lock("test"):
+        assert pipeline.check(batch, catalog_of()).last_line == 4
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_options_of_a_batch_that_is_worked_on_stay_and_it_says_so(store: BatchSt
 def test_final_failure_is_cleared_when_the_options_change(store: BatchStore, tmp_path: Path) -> None:
     path = written(tmp_path, text=chat("a") + "not json\n")
     batch = store.register(path, {"on_invalid": "reject"}).batch
-    with pytest.raises(BatchFailed):
+    with pytest.raises(BatchFailed), batch.lock("test"):
         pipeline.check(batch, catalog_of())
     assert (store.get(batch.key).final_failure() or {})["code"] == "invalid_requests"
     store.register(path, {"on_invalid": "reject"})

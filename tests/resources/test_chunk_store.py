@@ -12,13 +12,14 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from resources import durable
+from resources import durable, failpoints
+from resources.chunk_store.checksum import BLANK, CHECKSUM_KEY, is_intact, sealed
 from resources.chunk_store.generation import Generation
 from resources.chunk_store.ordered import OrderedRows, ranges_of_lines
 from resources.chunk_store.schema import CHUNK, RESULTS, ChunkRow, to_table
 from resources.chunk_store.writer import ChunkWriter, write_parquet
 from resources.engine.catalog import ModelEntry
-from resources.errors import CheckpointError
+from resources.errors import BatchLocked, CheckpointError, ChunkDamaged
 
 ENTRY = ModelEntry(name="org/m", engine="null")
 LAST = 1000
@@ -148,12 +149,101 @@ def test_highest_attempt_wins(generation: Generation, tmp_path: Path) -> None:
 def test_damaged_chunk_is_named_and_nothing_passes_for_an_answer(generation: Generation, content: bytes) -> None:
     writer_of(generation).commit([row(1)])
     generation.chunk_path(0).write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"chunk-000000\.parquet is damaged"):
+    with pytest.raises(ChunkDamaged, match=r"chunk-000000\.parquet is damaged"):
         generation.committed(LAST)
 
 
+def test_every_flipped_bit_and_every_cut_is_seen(generation: Generation) -> None:
+    writer_of(generation).commit([row(line, text=f"crc32 of this file with zeros here: {line}") for line in range(30)])
+    path = generation.chunk_path(0)
+    whole = path.read_bytes()
+    generation.verify(0)
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        assert not is_intact(changed), place
+        assert not is_intact(whole[:place]), place
+    assert not is_intact(whole + b"\0")
+
+
+def test_damaged_chunk_is_set_aside_by_the_holder_alone(
+    generation: Generation, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = writer_of(generation, chunk_rows=2)
+    for line in (1, 3):
+        writer.commit([row(line), row(line + 1)])
+    flip(generation.chunk_path(0))
+    for read in (lambda: Generation(generation.folder).committed(LAST), lambda: ordered([generation], tmp_path)):
+        with pytest.raises(ChunkDamaged):
+            read()
+    assert generation.chunk_numbers() == [0, 1]
+    assert generation.damaged() == [0]
+    kept = generation.set_aside(0)
+    assert "chunk-000000.parquet is damaged: it is moved to" in caplog.text
+    assert (kept.parent.name, kept.exists(), generation.damaged()) == ("damaged", True, [])
+    assert np.flatnonzero(generation.committed(LAST).attempts).tolist() == [3, 4]
+    assert ordered([generation], tmp_path) == [(3, 1), (4, 1)]
+
+
+def test_sources_of_a_damaged_merged_chunk_stay(generation: Generation) -> None:
+    writer = writer_of(generation)
+    for line in (1, 2):
+        writer.commit([row(line)])
+    sources = {path: path.read_bytes() for path in generation.folder.glob("chunk-*")}
+    writer.finish()
+    for path, content in sources.items():
+        path.write_bytes(content)
+    flip(generation.chunk_path(2))
+    with pytest.raises(ChunkDamaged):
+        generation.remove_superseded()
+    generation.set_aside(2)
+    generation.remove_superseded()
+    assert generation.chunk_numbers() == [0, 1]
+
+
+def test_damage_is_not_merged_into_a_chunk_that_looks_whole(generation: Generation) -> None:
+    writer = writer_of(generation)
+    for line in (1, 2):
+        writer.commit([row(line)])
+    generation.committed(LAST)
+    flip(generation.chunk_path(1))
+    with pytest.raises(ChunkDamaged):
+        writer.finish()
+    assert generation.chunk_numbers() == [0, 1]
+
+
+def test_commit_is_durable_before_it_returns(generation: Generation) -> None:
+    writer, steps = writer_of(generation), []
+    failpoints.arm(lambda step, path: steps.append((step, path.name)))
+    try:
+        writer.commit([row(1)])
+    finally:
+        failpoints.arm(None)
+    assert steps == [(step, "chunk-000000.parquet") for step in ("opened", "written", "synced", "renamed", "durable")]
+
+
+def test_nothing_is_written_once_the_generation_is_not_ours(generation: Generation) -> None:
+    def refuse() -> None:
+        raise BatchLocked("somebody else's")
+
+    writer_of(generation).commit([row(1)])
+    late = ChunkWriter(generation, generation.committed(LAST), 10, refuse)
+    with pytest.raises(BatchLocked):
+        late.commit([row(2)])
+    assert generation.chunk_numbers() == [0]
+
+
+def flip(path: Path, place: int = -1000, bit: int = 3) -> None:
+    """Flip one bit of a file, somewhere in its middle."""
+    content = bytearray(path.read_bytes())
+    content[max(place, -len(content) // 2)] ^= 1 << bit
+    path.write_bytes(content)
+
+
 def test_chunk_with_other_columns_is_refused(generation: Generation) -> None:
-    pq.write_table(pa.table({"line": [1]}), generation.chunk_path(0))
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.table({"line": [1]}).replace_schema_metadata({CHECKSUM_KEY: BLANK}), file)
+    generation.chunk_path(0).write_bytes(sealed(file.getvalue()))
     with pytest.raises(CheckpointError, match="other columns"):
         generation.open_chunk(0)
 
@@ -176,6 +266,19 @@ def test_manifest_tells_the_inputs_and_notes_other_versions(
     generation.start(ENTRY)
     assert [version["from_chunk"] for version in (generation.manifest() or {})["versions"]] == [0, 1]
     assert "goes on from chunk 1" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", '{"format_version": 1, "vers', "[]", '{"versions": []}', '{"versions": 3}'])
+def test_damaged_manifest_is_written_anew(
+    generation: Generation, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    writer_of(generation).commit([row(1)])
+    (generation.folder / "manifest.json").write_text(content)
+    generation.start(ENTRY)
+    assert "manifest.json is damaged" in caplog.text
+    manifest = generation.manifest() or {}
+    assert (manifest["inputs"]["model"], manifest["versions"][0]["from_chunk"]) == ("org/m", 1)
+    assert generation.committed(LAST).done == 1
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -156,7 +156,8 @@ def test_followers_whose_leader_is_committed_already_are_a_group_of_their_own(tm
     (generation,) = [path for path in asked.batch.results_dir.glob("*/*") if path.is_dir()]
     for chunk in sorted(generation.glob("chunk-*.parquet"))[1:]:
         chunk.unlink()
-    asked.batch.set_work(0, "resume")
+    with asked.batch.lock("a test"):
+        asked.batch.set_work(0, "resume")
     assert asked.run(echo).lines == [2]
     assert verify_outputs(asked.batch) == []
     assert [row["text"] for row in asked.rows] == ["re: a"] * 3

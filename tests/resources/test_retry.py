@@ -15,6 +15,7 @@ import pytest
 from resources import pipeline
 from resources.answering import Mode
 from resources.chunk_store.retry import FailureKind, Failures, failures_of
+from resources.chunk_store.writer import chunk_file
 from resources.engine.protocol import EngineRequest, EngineResponse
 from resources.errors import BatchStopped, OptionsError
 from tests.helpers import Asked, catalog_of, chat, completion, refusal
@@ -129,7 +130,9 @@ def test_clock_that_was_set_back_keeps_nothing_from_a_retry(tmp_path: Path) -> N
     (path,) = asked.batch.results_dir.glob("*/*/chunk-*.parquet")
     rows = pq.read_table(path)
     later = pc.add(rows["finished_at"], pa.scalar(timedelta(days=1)))
-    pq.write_table(rows.set_column(rows.column_names.index("finished_at"), rows.field("finished_at"), later), path)
+    path.write_bytes(
+        chunk_file(rows.set_column(rows.column_names.index("finished_at"), rows.field("finished_at"), later))
+    )
     assert asked.run(better, mode=RETRY).lines == [2]
 
 

@@ -6,14 +6,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from resources.chunk_store.generation import Generation
 from resources.engine.protocol import EngineRequest, EngineResponse
 from resources.structured_outputs import AskedSchemas, asked_schema, fits
-from tests.helpers import CHAT, Asked, catalog_of, chat, completion, ok, refusal
+from tests.helpers import CHAT, Asked, chat, completion, ok, refusal
 
 NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "number", "schema": NUMBER}}
@@ -149,21 +147,3 @@ def test_schema_from_the_defaults_of_the_batch_counts_and_copies_are_judged_as_t
     asked = Asked(tmp_path, chat("a", "bad") + chat("b", "good") + chat("c", "bad"), options)
     assert sorted(asked.run(answer).lines) == [1, 2]
     assert asked.summary.schema_violations == 2
-
-
-def test_chunks_from_before_the_column_are_read_and_merged(tmp_path: Path) -> None:
-    asked = Asked(tmp_path, "".join(chat(f"r{n}", "bad", response_format=JSON_SCHEMA) for n in range(4)))
-    asked.run(answer)
-    (path,) = asked.batch.results_dir.glob("*/*/chunk-*.parquet")
-    older = pq.read_table(path).drop_columns(["fits_schema"]).replace_schema_metadata(None)
-    pq.write_table(older.slice(0, 2), path)
-    asked.batch.set_work(0, "resume")
-    assert len(asked.run(answer).lines) == 2
-    assert asked.summary.schema_violations == 2
-    generation = Generation.of(asked.batch.results_dir, catalog_of().get("dry-run"))
-    (number,) = generation.chunk_numbers()
-    table = generation.read_chunk(number)
-    assert isinstance(table, pa.Table)
-    assert sorted(zip(table["line"].to_pylist(), table["fits_schema"].to_pylist(), strict=True), key=str) == [
-        (1, None), (2, None), (3, False), (4, False),
-    ]  # fmt: skip

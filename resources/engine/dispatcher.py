@@ -389,6 +389,7 @@ class Dispatcher:
                 breaker.failed(request, str(failure), unreachable=failure.unreachable)
                 if failure.unreachable:
                     sent -= 1
+                    await asyncio.sleep(options.backoff_seconds * random.uniform(0.5, 1))
                     continue
             if sent >= options.max_attempts or self._past_deadline():
                 if not unsure or await breaker.is_there(request):

@@ -5,7 +5,7 @@ from dagster import DagsterRunStatus, RunsFilter
 from assets.partitions import BATCH_FILES
 from resources.settings import Settings
 from vllm_batch_pipelines.stack import instance_env
-from vllm_batch_pipelines.starting import PARTITION_TAG
+from vllm_batch_pipelines.starting import PARTITION_TAG, RUN_KEY_TAG
 
 _CANCELLABLE = [
     DagsterRunStatus.NOT_STARTED,
@@ -13,6 +13,8 @@ _CANCELLABLE = [
     DagsterRunStatus.STARTING,
     DagsterRunStatus.STARTED,
 ]
+
+_ENDED = [DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED]
 
 
 def cancel_runs(settings: Settings, key: str) -> list[str]:
@@ -23,6 +25,14 @@ def cancel_runs(settings: Settings, key: str) -> list[str]:
             if instance.run_coordinator is not None and instance.run_coordinator.cancel_run(run.run_id):
                 done.append(f"cancelled run {run.run_id[:8]} ({run.status.value.lower()})")
     return done
+
+
+def how_it_ended(settings: Settings, request_id: str) -> str | None:
+    """How the run of a start request ended that did not succeed, in words; None where it did, or goes on."""
+    with instance_env(settings) as instance:
+        for run in instance.get_runs(RunsFilter(tags={RUN_KEY_TAG: request_id}, statuses=_ENDED), limit=1):
+            return f"run {run.run_id[:8]} was {run.status.value.lower()}; the web UI has its log"
+    return None
 
 
 def remove_partition(settings: Settings, key: str) -> None:

@@ -277,6 +277,18 @@ def test_submit_and_wait_tells_by_its_exit_code_how_it_went(stack: Stack) -> Non
     assert stack.server.asked.count("good") == 20  # two asked for it, one did it
 
 
+def test_waiting_ends_where_the_run_fails_before_it_comes_to_the_batch(stack: Stack) -> None:
+    batch = stack.store.register(stack.file("early.jsonl", chats(2, "early"))).batch
+    models = stack.settings.models_file.read_text()
+    stack.file("models.yaml", "models: [")
+    try:
+        code, _, errors = stack.call("retry", batch.key, "--wait")
+    finally:
+        stack.file("models.yaml", models)
+    assert code == 2
+    assert "was failure; the web UI has its log" in errors
+
+
 # --- From the UI ----------------------------------------------------------------------------------------------------
 
 _SELECTOR = {"repositoryLocationName": "vllm_batch_pipelines", "repositoryName": "__repository__"}

@@ -34,6 +34,7 @@ from vllm_batch_pipelines.cli.common import Exit
 Key = Annotated[str, typer.Argument(help="The key of a batch, as `vllm-batch status` lists it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 _WAIT_SECONDS = 0.5
+_LOOK_SECONDS = 5.0
 
 
 class Format(StrEnum):
@@ -217,11 +218,11 @@ def _start(
     store: BatchStore, batch: Batch, mode: str, failed: Iterable[str] = (), *, wait: bool, as_json: bool
 ) -> None:
     before = None if batch.locked_by() else batch.run_record().get("started_at")
-    queue.enqueue(store, batch.key, mode, failed=failed)
+    request = queue.enqueue(store, batch.key, mode, failed=failed)
     common.stderr.print(f"{batch.key}: queued.")
     if stack.stack_state(settings()) is None:
         common.stderr.print("[yellow]The stack is not running:[/] the run starts when `vllm-batch up` does.")
-    found = _wait(store, batch, before) if wait else status_of(store, batch)
+    found = _wait(store, batch, before, request.id) if wait else status_of(store, batch)
     _tell(found, show=wait, as_json=as_json)
 
 
@@ -237,15 +238,22 @@ def _tell(found: BatchStatus, *, show: bool, as_json: bool) -> None:
         raise typer.Exit(Exit.WITH_ERRORS)
 
 
-def _wait(store: BatchStore, batch: Batch, before: str | None) -> BatchStatus:
-    """Follow a batch until a run that began after the one of `before` has ended."""
+def _wait(store: BatchStore, batch: Batch, before: str | None, request_id: str) -> BatchStatus:
+    """Follow a batch until a run that began after the one of `before` has ended.
+
+    Raises BatchError where the run of the request ended before it came to the batch: cancelled in the queue, say.
+    """
+    looked = time.monotonic()
     with common.progress_bar() as bar:
         while True:
             found = status_of(store, batch)
             if found.state == "running" and found.lines:
                 bar(_progress(found))
             elif found.state == "running" or batch.run_record().get("started_at") == before:
-                pass  # another run, or ours is being started
+                # another run, or ours is being started
+                if time.monotonic() - looked > _LOOK_SECONDS and not queue.is_queued(store, batch.key):
+                    looked = time.monotonic()
+                    _see_whether_it_ended(batch, before, request_id)
             elif found.state == "completed":
                 return found
             elif found.state in ("failed", "interrupted"):
@@ -253,6 +261,16 @@ def _wait(store: BatchStore, batch: Batch, before: str | None) -> BatchStatus:
                 if status_of(store, batch).state == found.state:
                     return found
             time.sleep(_WAIT_SECONDS)
+
+
+def _see_whether_it_ended(batch: Batch, before: str | None, request_id: str) -> None:
+    if stack.stack_state(settings()) is None:
+        return
+    from vllm_batch_pipelines import instance
+
+    ended = instance.how_it_ended(settings(), request_id)
+    if ended is not None and not batch.locked_by() and batch.run_record().get("started_at") == before:
+        raise BatchError(f"{batch.key}: {ended}.")
 
 
 def _progress(found: BatchStatus) -> Progress:

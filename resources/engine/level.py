@@ -25,7 +25,10 @@ class Level:
             return
         self._told = True
         reserve = _reserve(load.running)
-        if 2 * load.waiting < reserve and in_flight >= self.now:
+        has_seen_them = (
+            load.running + load.waiting >= in_flight * 3 // 4
+        )  # it counts at the end of a step, which may be long
+        if 2 * load.waiting < reserve and in_flight >= self.now and has_seen_them:
             self.now = min(max(self.now * 3 // 2, in_flight + reserve), MOST)
         elif load.waiting > 3 * reserve:
             self.now = max(self.now - load.waiting // 2, reserve)

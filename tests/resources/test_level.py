@@ -34,6 +34,13 @@ def test_growth_takes_few_looks() -> None:
     assert level.now > 1024
 
 
+def test_load_from_before_the_requests_came_does_not_raise_it() -> None:
+    level = Level(most_running=64)
+    for _ in range(20):
+        level.follow(Load(0, 0, 0, 0), level.now)
+    assert level.now == 80
+
+
 def test_level_goes_back_when_many_wait() -> None:
     level = Level()
     settle(level, Server(512))

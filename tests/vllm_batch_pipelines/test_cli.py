@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import os
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -311,6 +313,17 @@ def test_output_can_have_the_longest_name(place: Place) -> None:
 
 
 # --- Reading --------------------------------------------------------------------------------------------------------
+
+
+def test_output_can_be_a_pipe_or_a_device_and_stays_one(place: Place) -> None:
+    pipe = place.folder / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    place.write(chats(3))
+    assert place("run", "in.jsonl", "-o", "pipe", "-e", "/dev/null").exit_code == 0
+    assert len(reader.communicate(timeout=30)[0].splitlines()) == 3
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
 
 def test_results_in_every_format(place: Place) -> None:

@@ -93,9 +93,13 @@ def errors_for_people() -> Iterator[None]:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
-    """A stream that becomes the user's file in one step."""
+    """A stream that becomes the user's file in one step. A device or a pipe (/dev/null, say) is written to as it is."""
     if target.is_dir():
         raise InputRefused(f"{target} is a folder; name a file.")
+    if target.exists() and not target.is_file():
+        with target.open("wb") as stream:
+            yield stream
+        return
     with durable.replacing(target) as stream:
         yield stream
 

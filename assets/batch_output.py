@@ -27,6 +27,9 @@ class OutputConfig(Config):
     show_answers: bool = Field(True, description="Show a few answers, cut short, in the UI. Off for private data.")
     max_error_rate: float = Field(0.05, ge=0, le=1, description="Share of error rows above which the check warns.")
     max_truncated_rate: float = Field(0.1, ge=0, le=1, description="Share of cut answers above which the check warns.")
+    max_schema_violation_rate: float = Field(
+        0.0, ge=0, le=1, description="Share of answers that do not fit their JSON schema above which the check warns."
+    )
 
 
 def _check(name: str, description: str, blocking: bool = False) -> AssetCheckSpec:
@@ -46,6 +49,9 @@ def _check(name: str, description: str, blocking: bool = False) -> AssetCheckSpe
         _check("every_request_answered_once", "The published files hold each line exactly once.", blocking=True),
         _check("error_rate", "The share of error rows is not above the threshold."),
         _check("truncated_rate", "The share of answers cut by max_tokens is not above the threshold."),
+        _check(
+            "schema_violation_rate", "The share of answers not fitting their JSON schema is not above the threshold."
+        ),
     ],
 )
 def batch_output(context: AssetExecutionContext, config: OutputConfig, store: BatchStoreResource) -> MaterializeResult:  # type: ignore[type-arg]
@@ -59,6 +65,7 @@ def batch_output(context: AssetExecutionContext, config: OutputConfig, store: Ba
         "succeeded": summary.succeeded,
         "failed": summary.failed,
         "truncated": summary.truncated,
+        "schema_violations": summary.schema_violations,
         "prompt_tokens": summary.prompt_tokens,
         "completion_tokens": summary.completion_tokens,
         "errors_by_code": MetadataValue.json(summary.errors_by_code),
@@ -81,6 +88,7 @@ def batch_output(context: AssetExecutionContext, config: OutputConfig, store: Ba
 def _check_results(config: OutputConfig, summary: OutputSummary, problems: list[str]) -> list[AssetCheckResult]:
     error_rate = summary.failed / summary.lines if summary.lines else 0.0
     truncated_rate = summary.truncated / summary.succeeded if summary.succeeded else 0.0
+    violation_rate = summary.schema_violations / summary.succeeded if summary.succeeded else 0.0
     return [
         AssetCheckResult(
             check_name="every_request_answered_once",
@@ -99,5 +107,11 @@ def _check_results(config: OutputConfig, summary: OutputSummary, problems: list[
             passed=truncated_rate <= config.max_truncated_rate,
             severity=AssetCheckSeverity.WARN,
             metadata={"truncated_rate": truncated_rate, "threshold": config.max_truncated_rate},
+        ),
+        AssetCheckResult(
+            check_name="schema_violation_rate",
+            passed=violation_rate <= config.max_schema_violation_rate,
+            severity=AssetCheckSeverity.WARN,
+            metadata={"schema_violation_rate": violation_rate, "threshold": config.max_schema_violation_rate},
         ),
     ]

@@ -9,12 +9,17 @@ from assets.reporting import failures_for_people, progress_reporter, table
 from resources import pipeline
 from resources.answering import Mode
 from resources.batch_store.resource import BatchStoreResource
+from resources.chunk_store.retry import FailureKind, failures_of
 from resources.engine.resource import EngineResource
 
 
 class ResultsConfig(Config):
     mode: Mode = Field(
         Mode.RESUME, description="resume: lines without a row; retry_failed: failed ones too; restart: all, anew."
+    )
+    failed: list[str] = Field(
+        [FailureKind.ERRORS.value],
+        description="What retry_failed asks again: errors, truncated (cut answers), schema (answers that do not fit).",
     )
 
 
@@ -23,6 +28,7 @@ _REPORT_COLUMNS = [
     "engine",
     "total",
     "asked",
+    "copied",
     "failed",
     "truncated",
     "retries",
@@ -54,6 +60,7 @@ def batch_results(
             engines.catalog(),
             engines.starter(),
             mode=config.mode,
+            failed=failures_of(config.failed),
             progress=progress_reporter(context),
         )
     seconds = sum(model.seconds for model in report.models)
@@ -62,6 +69,7 @@ def batch_results(
     return MaterializeResult(
         metadata={
             "asked_now": report.asked,
+            "copied_now": report.copied,
             "failed_now": sum(model.failed for model in report.models),
             "truncated_now": sum(model.truncated for model in report.models),
             "prompt_tokens": sum(model.prompt_tokens for model in report.models),

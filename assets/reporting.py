@@ -16,10 +16,11 @@ from dagster import (
     TableSchema,
 )
 
-from resources.errors import BatchError, BatchLocked
+from resources.errors import BatchError, BatchFailed, BatchLocked
 from resources.progress import Progress
 
 PROGRESS_SECONDS = 15
+MOST_ERRORS = 20
 PROGRESS_TAG = "vllm_batch/progress"
 LOCKED_TAG = "vllm_batch/locked"
 _CELL_CHARACTERS = 500
@@ -33,6 +34,9 @@ def failures_for_people(context: AssetExecutionContext) -> Iterator[None]:
     except BatchLocked as error:
         context.instance.add_run_tags(context.run.run_id, {LOCKED_TAG: "true"})
         raise Failure(description=str(error), allow_retries=False) from None
+    except BatchFailed as error:
+        errors = table(error.errors["data"][:MOST_ERRORS], ["line", "code", "param", "message"])
+        raise Failure(description=str(error), metadata={"errors": errors}, allow_retries=False) from None
     except BatchError as error:
         raise Failure(description=str(error), allow_retries=False) from None
 

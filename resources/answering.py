@@ -9,9 +9,13 @@ from enum import StrEnum
 from typing import Any
 
 from resources.batch_store.batch import Batch
+from resources.batch_store.duplicates import Duplicates
+from resources.batch_store.ordering import rows_to_ask
 from resources.batch_store.requests import RequestsSummary, lines_of, valid_rows
 from resources.chunk_store.generation import Committed, Generation
 from resources.chunk_store.ledger import Booking, Ledger, Tokens, booking
+from resources.chunk_store.retry import Retry
+from resources.chunk_store.schema import ChunkRow
 from resources.chunk_store.writer import ChunkWriter
 from resources.engine.catalog import ModelEntry
 from resources.engine.dispatcher import Counts, Dispatcher, DispatchOptions, Pending
@@ -19,14 +23,16 @@ from resources.engine.factory import EngineStarter
 from resources.engine.transform import body_transform
 from resources.errors import BatchStopped, CheckpointError
 from resources.progress import Progress, ProgressCallback
+from resources.structured_outputs import AskedSchemas
 
 OUTAGE_SECONDS = 300.0
 """How long an engine may be out of reach before the run fails."""
 
 
 class Mode(StrEnum):
-    """resume: ask what has no row, and go on with what was begun. retry_failed: ask what failed, too. restart: ask
-    everything anew, beside the answers that are there, which stay published until it is done."""
+    """resume: ask what has no row, and go on with what was begun. retry_failed: ask again what is chosen of the failed
+    lines, too. restart: ask everything anew, beside the answers that are there, which stay published until it is done.
+    """
 
     RESUME = "resume"
     RETRY_FAILED = "retry_failed"
@@ -35,13 +41,15 @@ class Mode(StrEnum):
 
 @dataclass
 class ModelReport:
-    """What happened to one model's lines in a call of `answer`. `asked` counts lines that were sent in this call."""
+    """What happened to one model's lines in a call of `answer`. `asked` counts lines that were sent in this call, and
+    `copied` those that got the answer of one that was. The other counts are of what was sent."""
 
     model: str
     engine: str
     generation: str
     total: int
     asked: int = 0
+    copied: int = 0
     failed: int = 0
     truncated: int = 0
     retries: int = 0
@@ -75,15 +83,17 @@ class Answering:
         self._engines, self._stop = engines, stop
         self._generation = Generation.of(batch.results_dir, entry, batch.work().restarts)
 
-    def run(self, mode: Mode, tell: ProgressCallback, finished_before: int) -> tuple[ModelReport, Committed, bool]:
+    def run(
+        self, retry: Retry | None, tell: ProgressCallback, finished_before: int
+    ) -> tuple[ModelReport, Committed, bool]:
         """The report, what is committed now, and whether every line has a row (False: the deadline passed)."""
         generation, entry = self._generation, self._entry
         generation.remove_superseded()
         mine = lines_of(self._batch.requests_dir, entry.name, self._summary.last_line)
-        state = generation.committed(self._summary.last_line)
+        state = generation.committed(self._summary.last_line, retry)
         state.only(mine)
         report = ModelReport(entry.name, str(entry.engine), generation.name, self._total)
-        wanted = (state.attempts == 0) | state.failed if mode is Mode.RETRY_FAILED else state.attempts == 0
+        wanted = (state.attempts == 0) | state.chosen
         deadline = self._batch.deadline()
         if not (wanted & mine).any():
             return report, state, True
@@ -116,10 +126,26 @@ class Answering:
         done, failed_before = state.done, state.failures
         total = sum(self._summary.models.values())
         attempts = state.attempts
+        asked_schemas = AskedSchemas()
+        duplicates = None
+        if options.dedupe:
+            rows = valid_rows(self._batch.requests_dir, entry.name, wanted)
+            duplicates = Duplicates((line, url, transform(body)) for line, url, body in rows)
+            wanted[duplicates.followers] = False
 
         def requests() -> Iterator[Pending]:
-            for line, url, body in valid_rows(self._batch.requests_dir, entry.name, lambda lines: wanted[lines]):
-                yield Pending(line, url, transform(body), int(attempts[line]))
+            rows = rows_to_ask(self._batch.requests_dir, entry.name, wanted, options.order, transform)
+            for line, url, body in rows:
+                sent = transform(body)
+                asked_schemas.note(line, url, sent)
+                yield Pending(line, url, sent, int(attempts[line]))
+
+        def commit(rows: list[ChunkRow]) -> None:
+            rows = asked_schemas.judge(rows)
+            if duplicates is None:
+                writer.commit(rows)
+            else:
+                duplicates.commit(rows, attempts, options.chunk_rows, writer.commit)
 
         def waiting(note: str) -> None:
             tell(Progress("answer", finished_before + done, total, failed_before, note=note))
@@ -128,7 +154,7 @@ class Answering:
             report.load_seconds = engine.load_seconds
             dispatcher = Dispatcher(
                 engine,
-                writer.commit,
+                commit,
                 DispatchOptions(
                     concurrency=entry.concurrency,
                     chunk_rows=options.chunk_rows,
@@ -145,14 +171,16 @@ class Answering:
             def tick(counts: Counts) -> None:
                 seconds = max(time.monotonic() - started, 1e-6)
                 ledger.note(counts.lives)
+                copied, copies_failed = (duplicates.copied, duplicates.copies_failed) if duplicates else (0, 0)
+                finished = counts.finished + copied
                 tell(
                     Progress(
                         "answer",
-                        min(finished_before + done + counts.finished, total),
+                        min(finished_before + done + finished, total),
                         total,
-                        failed_before + counts.failed,
+                        failed_before + counts.failed + copies_failed,
                         counts.completion_tokens / seconds,
-                        counts.finished / seconds,
+                        finished / seconds,
                         note=counts.note,
                     )
                 )
@@ -163,6 +191,7 @@ class Answering:
                 report.seconds = time.monotonic() - started
                 counts = dispatcher.counts
                 report.asked, report.failed = counts.finished, counts.failed
+                report.copied = duplicates.copied if duplicates else 0
                 report.truncated, report.retries = counts.truncated, counts.retries
                 report.engine_restarts, report.quarantined = counts.engine_restarts, counts.quarantined
                 report.prompt_tokens, report.completion_tokens = counts.prompt_tokens, counts.completion_tokens

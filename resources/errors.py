@@ -15,6 +15,9 @@ BatchError                      what a person can do something about; the messag
   CheckpointError               a chunk or manifest that cannot be what it should be
 """
 
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
 
 class BatchError(Exception):
     """Base of the errors that are for people."""
@@ -44,12 +47,27 @@ class BatchLocked(BatchError):
     pass
 
 
-class BatchFailed(BatchError):
-    """Deterministic: the same input fails the same way. ``code`` is one word for machines."""
+class LineError(TypedDict):
+    """One of the errors of a batch that cannot run, as OpenAI's Batch API writes them."""
 
-    def __init__(self, code: str, message: str) -> None:
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+
+
+class BatchFailed(BatchError):
+    """Deterministic: the same input fails the same way. ``code`` is one word for machines.
+
+    ``errors`` is what OpenAI's Batch API has under that name: ``{"object": "list", "data": [...]}``, the first lines
+    that are to blame, or the failure itself where no line is.
+    """
+
+    def __init__(self, code: str, message: str, lines: Sequence[LineError] = ()) -> None:
         super().__init__(message)
         self.code = code
+        whole: LineError = {"code": code, "message": message, "param": None, "line": None}
+        self.errors: dict[str, Any] = {"object": "list", "data": [*lines] or [whole]}
 
 
 class BatchStopped(BatchError):

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from resources.batch_store.checking import check_stream
 from resources.batch_store.outputs import OutputSummary, write_outputs
 from resources.batch_store.requests import RequestsSummary, request_parts, sync_parts
 from resources.chunk_store.generation import Generation
+from resources.chunk_store.retry import ERRORS, Failures, Retry
 from resources.engine.catalog import Catalog, EngineKind, ModelEntry
 from resources.engine.factory import EngineStarter
-from resources.errors import BatchError, BatchFailed, BatchStopped, CheckpointError
+from resources.errors import BatchError, BatchFailed, BatchStopped, CheckpointError, LineError
 from resources.progress import Progress, ProgressCallback, silent
 
 
@@ -38,6 +39,10 @@ class AnswerReport:
     @property
     def asked(self) -> int:
         return sum(model.asked for model in self.models)
+
+    @property
+    def copied(self) -> int:
+        return sum(model.copied for model in self.models)
 
 
 _TO_PUBLISH = "publish"
@@ -77,10 +82,13 @@ def answer(
     engines: EngineStarter,
     *,
     mode: Mode = Mode.RESUME,
+    failed: Failures = ERRORS,
     stop: threading.Event | None = None,
     progress: ProgressCallback = silent,
 ) -> AnswerReport:
     """Have every valid line answered and committed, model by model. An engine is started only where lines are left.
+
+    `failed` is what the mode retry_failed asks again.
 
     Raises:
         BatchStopped: stopped; finished rows are committed.
@@ -98,14 +106,14 @@ def answer(
                 return report
             raise BatchError(_pruned(batch))
         _refuse_what_cannot_run(batch, summary)
-        mode = _begin(batch, mode)
+        retry = _begin(batch, mode, failed)
         before = batch.current()
         current: dict[str, dict[str, Any]] = {}
         finished_before = 0
         for model, total in summary.models.items():
             entry = model_entry(batch, catalog, model)
             answering = Answering(batch, entry, summary, total, engines, stop)
-            model_report, committed, complete = answering.run(mode, tell, finished_before)
+            model_report, committed, complete = answering.run(retry, tell, finished_before)
             report.models.append(model_report)
             report.expired |= not complete
             finished_before += committed.done
@@ -206,31 +214,48 @@ def is_complete(batch: Batch, catalog: Catalog) -> bool:
     return meant == {model: entry["generation"] for model, entry in batch.current().items()}
 
 
-def _begin(batch: Batch, mode: Mode) -> Mode:
-    """Note durably what is begun, so that a run that is killed is gone on with; the mode of this run."""
+def _begin(batch: Batch, mode: Mode, failed: Failures) -> Retry | None:
+    """Note durably what is begun, so that a run that is killed is gone on with; what this run asks again."""
     work = batch.work()
     if mode is Mode.RESUME:
-        return Mode(work.mode) if work.mode in list(Mode) else mode
+        return work.retry
     if mode is Mode.RESTART and work.mode != Mode.RESTART:
         deadline = batch.deadline()
         if deadline is not None and datetime.now(UTC) >= deadline:
             raise BatchError(f"{batch.key}: its deadline has passed, so a restart would ask nothing.")
         batch.set_work(work.restarts + 1, Mode.RESTART)
-        return mode
+        return None
+    if mode is Mode.RETRY_FAILED and work.retry and work.retry.failures == failed:
+        return work.retry
+    retry = Retry(failed) if mode is Mode.RETRY_FAILED else None
     if work.mode != Mode.RESTART:
-        batch.set_work(work.restarts, mode)
-    return mode
+        begun = retry and replace(retry, begun_at=time.time_ns() // 1000)
+        batch.set_work(work.restarts, mode, begun)
+    return retry
 
 
 def _refuse_what_cannot_run(batch: Batch, summary: RequestsSummary) -> None:
     if summary.lines == 0:
         raise BatchFailed("empty_file", f"{batch.spec.source_name} holds no request.")
     if summary.valid == 0:
-        raise BatchFailed("no_valid_request", f"None of the {summary.lines} lines is valid: {_first(summary)}")
+        message = f"None of the {summary.lines} lines is valid: {_first(summary)}"
+        raise BatchFailed("no_valid_request", message, _line_errors(summary))
     if summary.rejected and batch.spec.options.on_invalid == "reject":
-        raise BatchFailed(
-            "invalid_requests", f"{summary.rejected} of {summary.lines} lines are invalid: {_first(summary)}"
-        )
+        message = f"{summary.rejected} of {summary.lines} lines are invalid: {_first(summary)}"
+        raise BatchFailed("invalid_requests", message, _line_errors(summary))
+
+
+def _line_errors(summary: RequestsSummary) -> list[LineError]:
+    """The first of the lines that are invalid."""
+    return [
+        {
+            "code": row["error_code"],
+            "message": row["error_message"],
+            "param": row["error_param"],
+            "line": row["line"],
+        }
+        for row in summary.first_rejects
+    ]
 
 
 def _check_snapshot(batch: Batch, catalog: Catalog, stop: threading.Event, tell: ProgressCallback) -> RequestsSummary:
@@ -309,7 +334,7 @@ def _recorded(batch: Batch, phase: str, progress: ProgressCallback) -> Iterator[
     try:
         yield tell
     except BatchFailed as failure:
-        error = {"code": failure.code, "message": str(failure), "final": True}
+        error = {"code": failure.code, "message": str(failure), "errors": failure.errors, "final": True}
         batch.write_run_record(record | {"status": "failed", "error": error}, durable_write=True)
         raise
     except (BatchStopped, KeyboardInterrupt) as stopped:

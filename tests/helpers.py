@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from dagster import DagsterInstance, Definitions, ExecuteInProcessResult, JobDefinition
@@ -333,6 +334,37 @@ class FakeStarter:
     ) -> Iterator[RunningEngine]:
         self.started.append(entry.name)
         yield RunningEngine(self.engine.connect)
+
+
+@dataclass
+class Asked:
+    """A batch of some lines, run from check to publish by an engine in this process."""
+
+    folder: Path
+    text: str
+    options: dict[str, Any] = field(default_factory=dict)
+    catalog: Catalog = field(default_factory=lambda: catalog_of())
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "in.jsonl").write_text(self.text)
+        self.store = BatchStore(self.folder / "data")
+        self.batch = self.store.register(self.folder / "in.jsonl", self.options).batch
+
+    def run(self, reply: Reply | None = None, **answer: Any) -> FakeEngine:
+        """All three steps with an engine that answers `reply`; what it was asked."""
+        engine = FakeEngine(reply or ok)
+        with self.batch.lock("a test"):
+            pipeline.check(self.batch, self.catalog)
+            self.report = pipeline.answer(self.batch, self.catalog, cast(EngineStarter, FakeStarter(engine)), **answer)
+            self.summary = pipeline.publish(self.batch, progress=answer.get("progress", lambda _: None))
+        return engine
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The published rows."""
+        parts = sorted((self.batch.output_dir / "results").glob("part-*.parquet"))
+        return [row for part in parts for row in pq.read_table(part).to_pylist()]
 
 
 def catalog_of(*names: str, **fields: Any) -> Catalog:

@@ -1,5 +1,6 @@
 """Jobs: a batch from its lines to its outputs, the same for failed rows, and the registration of files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dagster import (
@@ -19,6 +20,7 @@ from pydantic import Field
 from resources.answering import Mode
 from resources.batch_store import queue
 from resources.batch_store.resource import BatchStoreResource
+from resources.chunk_store.retry import FailureKind
 from resources.errors import InputRefused
 from resources.settings import settings
 
@@ -26,13 +28,14 @@ BATCH_ASSET_KEYS = [AssetKey("batch_requests"), AssetKey("batch_results"), Asset
 BATCH_ASSETS = AssetSelection.assets(*BATCH_ASSET_KEYS)
 
 
-def mode_config(mode: str) -> dict[str, object]:
-    """Run config of a batch job for a mode. All but resume check the lines again."""
+def mode_config(mode: str, failed: Sequence[str] = ()) -> dict[str, object]:
+    """Run config of a batch job for a mode, and for what a retry asks again. All but resume check the lines again."""
     if mode == Mode.RESUME:
         return {}
-    return {
-        "ops": {"batch_requests": {"config": {"recheck": True}}, "batch_results": {"config": {"mode": Mode(mode).name}}}
-    }
+    results: dict[str, object] = {"mode": Mode(mode).name} | (
+        {"failed": [str(kind) for kind in failed]} if failed else {}
+    )
+    return {"ops": {"batch_requests": {"config": {"recheck": True}}, "batch_results": {"config": results}}}
 
 
 process_batch = define_asset_job(
@@ -44,8 +47,9 @@ process_batch = define_asset_job(
 retry_failed_rows = define_asset_job(
     "retry_failed_rows",
     selection=BATCH_ASSETS,
-    config=mode_config(Mode.RETRY_FAILED),
-    description="Check the lines again, ask again for those that failed, publish the latest answers.",
+    config=mode_config(Mode.RETRY_FAILED, [FailureKind.ERRORS]),
+    description="Check the lines again, ask again for those that failed (`failed`: errors, truncated, schema), publish "
+    "the latest answers.",
 )
 
 

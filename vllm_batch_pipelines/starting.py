@@ -6,7 +6,7 @@ thin around them.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from dagster import AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus, RunRequest, RunsFilter
@@ -142,18 +142,19 @@ def start_queued(instance: DagsterInstance, store: BatchStore, origin: str, foun
         if going_on.get(request.key) or batch.locked_by() is not None:
             found.notes.append(f"{request.key}: starts when the present run has ended")
             continue
-        found.runs.append(run_request(batch, request.mode, request.id))
+        found.runs.append(run_request(batch, request.mode, request.id, request.failed))
         if request.key not in known:
             found.new_keys.append(request.key)
     return found
 
 
-def run_request(batch: Batch, mode: str, run_key: str) -> RunRequest:
+def run_request(batch: Batch, mode: str, run_key: str, failed: Sequence[str] = ()) -> RunRequest:
     tags = {MODE_TAG: mode}
     if batch.spec.options.priority:
         tags[PRIORITY_TAG] = str(batch.spec.options.priority)
     job = "process_batch" if mode == Mode.RESUME else "retry_failed_rows"
-    return RunRequest(run_key=run_key, job_name=job, partition_key=batch.key, run_config=mode_config(mode), tags=tags)
+    config = mode_config(mode, failed)
+    return RunRequest(run_key=run_key, job_name=job, partition_key=batch.key, run_config=config, tags=tags)
 
 
 def sweep(

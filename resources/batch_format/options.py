@@ -18,6 +18,8 @@ MAX_SIDECAR_BYTES = 256 * 1024
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(s|m|h|d)$")
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
+Order = Literal["input", "prefix", "longest_first"]
+
 
 class BatchOptions(BaseModel):
     """How one batch is to be processed. Unknown keys and wrong types are refused with the key named."""
@@ -37,6 +39,10 @@ class BatchOptions(BaseModel):
         3, ge=1, le=20, description="Times a request is sent before a transient fault is its answer."
     )
     request_timeout: float = Field(600, gt=0, le=86_400, description="Seconds a request may take.")
+    order: Order = Field(
+        "input", description="What is asked next, within a window of lines. The outputs are in input order always."
+    )
+    dedupe: bool = Field(False, description="Ask identical deterministic requests once; every line gets its own row.")
     deadline: str | None = Field(
         None, description="Stop asking after this: `90m`, `24h`, `7d` from registration, or an ISO time with zone."
     )

@@ -24,16 +24,19 @@ from pydantic import ValidationError
 from resources import durable
 from resources.batch_store.lock import lock_owner, writer_lock
 from resources.batch_store.spec import BatchSpec
+from resources.chunk_store.retry import ERRORS, FailureKind, Retry
 from resources.errors import BatchNotFound, CheckpointError
 
 
 @dataclass(frozen=True)
 class Work:
     """`mode` is what was begun: a mode of a run, or `publish` once all is answered; None where nothing is left.
-    `restarts` counts how often all was asked anew: each time in generations of their own."""
+    `restarts` counts how often all was asked anew: each time in generations of their own. `retry` is what the mode
+    retry_failed asks again."""
 
     restarts: int
     mode: str | None
+    retry: Retry | None = None
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,18 @@ class Batch:
     def work(self) -> "Work":
         """What was begun and is not published yet. A plain run goes on with it."""
         content = _read_json(self.root / "work.json") or {}
-        return Work(int(content.get("restarts", 0)), content.get("mode"))
+        mode = content.get("mode")
+        retry = None
+        if mode == "retry_failed":
+            failures = frozenset(map(FailureKind, content.get("failed", ERRORS)))
+            retry = Retry(failures, content.get("begun_at"))
+        return Work(int(content.get("restarts", 0)), mode, retry)
 
-    def set_work(self, restarts: int, mode: str | None) -> None:
-        durable.write_file(self.root / "work.json", json.dumps({"restarts": restarts, "mode": mode}).encode())
+    def set_work(self, restarts: int, mode: str | None, retry: Retry | None = None) -> None:
+        content: dict[str, Any] = {"restarts": restarts, "mode": mode}
+        if retry is not None:
+            content |= {"failed": sorted(retry.failures), "begun_at": retry.begun_at}
+        durable.write_file(self.root / "work.json", json.dumps(content).encode())
 
     def run_record(self) -> dict[str, Any]:
         """The last run's word: `status` running|completed|failed|interrupted, `phase`, `progress`, `error`."""
@@ -111,7 +122,7 @@ class Batch:
         durable.write_file(self.root / "run.json", json.dumps(record, indent=1).encode(), durable=durable_write)
 
     def final_failure(self) -> dict[str, Any] | None:
-        """Why this batch cannot complete (`code`, `message`); None where another run may help."""
+        """Why this batch cannot complete (`code`, `message`, `errors`); None where another run may help."""
         record = self.run_record()
         error = record.get("error")
         return error if record.get("status") == "failed" and isinstance(error, dict) and error.get("final") else None

@@ -33,13 +33,15 @@ class OutputSummary:
     """Counts of what was published; `summary.json` beside the files.
 
     `generations` is the content of `results/current.json` that the files were made from. `missing` counts lines without
-    an answer, which are in the errors with the code of `missing_code`.
+    an answer, which are in the errors with the code of `missing_code`. `schema_violations` counts answers that do not
+    fit the JSON schema that was asked for: they are answers, and among those that succeeded.
     """
 
     lines: int = 0
     succeeded: int = 0
     failed: int = 0
     truncated: int = 0
+    schema_violations: int = 0
     missing: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -139,6 +141,7 @@ class _Writer:
         summary.prompt_tokens += _sum(joined["prompt_tokens"])
         summary.completion_tokens += _sum(joined["completion_tokens"])
         summary.truncated += joined["finish_reason"].to_pylist().count("length")
+        summary.schema_violations += len(joined) - _sum(pa.compute.fill_null(joined["fits_schema"], True))
         joined = joined.append_column("text", pa.array(texts, pa.string()))
         return joined.select(RESULTS.names).cast(RESULTS)
 

@@ -1,6 +1,6 @@
 """Start requests: small files by which the command line and `register_files` ask the stack to run a batch.
 
-    queue/<key>.json    {"id", "mode", "origin", "requested_at"}
+    queue/<key>.json    {"id", "mode", "failed", "origin", "requested_at"}
 
 A request is a file, so that it can be left while the stack is down; the stack's sensor starts a run for it (its `id`
 makes a repeat harmless) and removes it once that run exists.
@@ -8,7 +8,7 @@ makes a repeat harmless) and removes it once that run exists.
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,12 +25,17 @@ class StartRequest:
     mode: str
     origin: str
     """`inbox` for a dropped file, `submit` for everything that a person asked for."""
+    failed: tuple[str, ...] = ()
+    """What the mode retry_failed asks again; nothing said means lines without an answer."""
 
 
-def enqueue(store: BatchStore, key: str, mode: str = "resume", origin: str = "submit") -> StartRequest:
+def enqueue(
+    store: BatchStore, key: str, mode: str = "resume", origin: str = "submit", failed: Iterable[str] = ()
+) -> StartRequest:
     """Ask for a run of a registered batch. A request that is already there is replaced."""
-    request = StartRequest(store.get(key).key, secrets.token_hex(8), mode, origin)
-    content = {"id": request.id, "mode": mode, "origin": origin, "requested_at": datetime.now(UTC).isoformat()}
+    request = StartRequest(store.get(key).key, secrets.token_hex(8), mode, origin, tuple(sorted(map(str, failed))))
+    content = {"id": request.id, "mode": mode, "failed": request.failed, "origin": origin}
+    content["requested_at"] = datetime.now(UTC).isoformat()
     durable.write_file(store.queue_dir / f"{request.key}.json", json.dumps(content).encode())
     return request
 
@@ -47,7 +52,8 @@ def pending(store: BatchStore) -> Iterator[StartRequest]:
 def _read(path: Path) -> StartRequest | None:
     try:
         content = json.loads(path.read_bytes())
-        return StartRequest(path.stem, str(content["id"]), str(content["mode"]), str(content["origin"]))
+        id, mode, origin = (str(content[name]) for name in ("id", "mode", "origin"))
+        return StartRequest(path.stem, id, mode, origin, tuple(map(str, content.get("failed", ()))))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -3,7 +3,7 @@
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,26 +135,43 @@ def request_parts(folder: Path) -> list[Path]:
 def read_batches(folder: Path, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
     """All rows in line order, a row group or less at a time."""
     for path in request_parts(folder):
-        with pq.ParquetFile(path) as part:
-            for group in range(part.num_row_groups):
-                yield from part.read_row_group(group, columns).combine_chunks().to_batches()
+        yield from _read_part(path, columns)
 
 
-def valid_rows(
-    folder: Path, model: str, wanted: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.bool_]]
-) -> Iterator[tuple[int, str, bytes]]:
-    """(line, url, body) of the valid rows of one model whose line numbers are `wanted`, in line order."""
-    for batch in read_batches(folder, ["line", "url", "model", "body", "error_code"]):
+def _read_part(path: Path, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path) as part:
+        for group in range(part.num_row_groups):
+            yield from part.read_row_group(group, columns).combine_chunks().to_batches()
+
+
+ValidRow = tuple[int, str, bytes]
+"""(line, url, body) of a line that can be sent."""
+
+
+def valid_rows(folder: Path, model: str, wanted: npt.NDArray[np.bool_]) -> Iterator[ValidRow]:
+    """The valid rows of one model whose lines are `wanted` (index is the line number), in line order."""
+    for path in request_parts(folder):
+        for rows in valid_batches(path, model, wanted):
+            yield from as_tuples(rows)
+
+
+def valid_batches(path: Path, model: str, wanted: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
+    """The rows of `valid_rows` that stand in one part, a row group or less at a time; empty ones are left out."""
+    for batch in _read_part(path, ["line", "url", "model", "body", "error_code"]):
         mask = pc.and_(pc.is_null(batch["error_code"]), pc.fill_null(pc.equal(batch["model"], model), False))
-        mask = pc.and_(mask, pa.array(wanted(batch["line"].to_numpy())))
+        mask = pc.and_(mask, pa.array(wanted[batch["line"].to_numpy()]))
         rows = batch.filter(mask)
         if len(rows):
-            yield from zip(
-                rows["line"].to_pylist(),
-                rows["url"].to_pylist(),
-                rows["body"].cast(pa.binary()).to_pylist(),
-                strict=True,
-            )
+            yield rows
+
+
+def as_tuples(rows: pa.RecordBatch | pa.Table) -> Iterator[ValidRow]:
+    return zip(
+        rows["line"].to_pylist(),
+        rows["url"].to_pylist(),
+        rows["body"].cast(pa.binary()).to_pylist(),
+        strict=True,
+    )
 
 
 def lines_of(folder: Path, model: str, last_line: int) -> npt.NDArray[np.bool_]:

@@ -10,7 +10,9 @@ from resources.batch_store.store import BatchStore
 
 @dataclass(frozen=True)
 class BatchStatus:
-    """`state` is queued, running, completed, failed, interrupted or registered. Counts are None until known."""
+    """`state` is queued, running, completed, failed, interrupted or registered. Counts are None until known.
+
+    `errors` is the list of OpenAI's Batch API, of a batch that cannot complete."""
 
     key: str
     state: str
@@ -20,12 +22,14 @@ class BatchStatus:
     done: int | None = None
     succeeded: int | None = None
     failed: int | None = None
+    schema_violations: int | None = None
     rejected: int | None = None
     phase: str | None = None
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     note: str | None = None
     error: str | None = None
+    errors: dict[str, Any] | None = None
     engine: str | None = None
     output_file: str | None = None
     error_file: str | None = None
@@ -76,6 +80,7 @@ def status_of(store: BatchStore, batch: Batch) -> BatchStatus:
             done=output["lines"],
             succeeded=output["succeeded"],
             failed=output["failed"],
+            schema_violations=output.get("schema_violations", 0),
             output_file=str(batch.output_dir / "output.jsonl"),
             error_file=str(batch.output_dir / "errors.jsonl") if output["failed"] else None,
         )
@@ -86,5 +91,6 @@ def status_of(store: BatchStore, batch: Batch) -> BatchStatus:
         state=state or "registered",
         done=progress.get("done"),
         error=error.get("message"),
+        errors=error.get("errors"),
         phase=record.get("phase"),
     )

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from resources import durable
 from resources.chunk_store.fingerprint import engine_versions, fingerprint, fingerprint_inputs
+from resources.chunk_store.retry import Retry
 from resources.chunk_store.schema import CHUNK
 from resources.engine.catalog import ModelEntry
 from resources.errors import CheckpointError
@@ -35,18 +36,21 @@ log = logging.getLogger(__name__)
 
 SOURCES_KEY = b"merged_from"
 _STATE_COLUMNS = ["line", "attempt", "status_code", "prompt_tokens", "completion_tokens"]
+_CHUNK_BEFORE = pa.schema([field for field in CHUNK if field.name != "fits_schema"])
+"""The columns of chunks written before `fits_schema` was one. They are read as if it were null."""
 
 
 @dataclass
 class Committed:
-    """What a generation holds, in two bytes a line. Index is the line number.
+    """What a generation holds, in three bytes a line. Index is the line number.
 
-    `attempts` is the highest attempt of a line, 0 where it has no row; `failed` tells whether that attempt failed.
-    `rows` counts all rows, superseded ones included.
+    `attempts` is the highest attempt of a line, 0 where it has no row; `failed` tells whether that attempt failed, and
+    `chosen` whether the retry that was asked about chooses it. `rows` counts all rows, superseded ones included.
     """
 
     attempts: npt.NDArray[np.int8]
     failed: npt.NDArray[np.bool_]
+    chosen: npt.NDArray[np.bool_]
     rows: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -57,6 +61,7 @@ class Committed:
         """Forget lines that are not asked for (any more): rejected by a later check, or another model's now."""
         self.attempts[~mine] = 0
         self.failed[~mine] = False
+        self.chosen[~mine] = False
 
     @property
     def done(self) -> int:
@@ -98,7 +103,7 @@ class Generation:
         path = self.chunk_path(number)
         try:
             chunk = pq.ParquetFile(path)
-            if not chunk.schema_arrow.equals(CHUNK):
+            if not chunk.schema_arrow.equals(CHUNK) and not chunk.schema_arrow.equals(_CHUNK_BEFORE):
                 raise pa.ArrowInvalid("it has other columns")
         except (pa.ArrowInvalid, OSError) as error:
             raise CheckpointError(
@@ -106,19 +111,31 @@ class Generation:
             ) from None
         return chunk
 
-    def committed(self, last_line: int) -> Committed:
+    def read_chunk(self, number: int) -> pa.Table:
+        """All rows of a chunk, in the columns of CHUNK."""
+        table = self.open_chunk(number).read()
+        if "fits_schema" not in table.column_names:
+            table = table.append_column(CHUNK.field("fits_schema"), pa.nulls(len(table), pa.bool_()))
+        return table
+
+    def committed(self, last_line: int, retry: Retry | None = None) -> Committed:
         """Read what is committed: a few narrow columns of every chunk. `last_line` sizes the arrays."""
-        state = Committed(np.zeros(last_line + 1, np.int8), np.zeros(last_line + 1, np.bool_))
+        size = last_line + 1
+        state = Committed(np.zeros(size, np.int8), np.zeros(size, np.bool_), np.zeros(size, np.bool_))
+        columns = _STATE_COLUMNS + (retry.columns if retry else [])
         for number in self.chunk_numbers():
             chunk = self.open_chunk(number)
-            table = chunk.read(_STATE_COLUMNS)
+            table = chunk.read([name for name in columns if name in chunk.schema_arrow.names])
             lines = table["line"].to_numpy()
             if len(lines) and int(lines.max()) > last_line:
                 raise CheckpointError(f"{self.chunk_path(number)} holds line {lines.max()}, the input has {last_line}.")
             attempts = table["attempt"].to_numpy()
             status = table["status_code"].fill_null(0).to_numpy()
             newer = attempts > state.attempts[lines]
-            state.failed[lines[newer]] = (status[newer] < 200) | (status[newer] >= 300)
+            failed = (status < 200) | (status >= 300)
+            state.failed[lines[newer]] = failed[newer]
+            if retry is not None:
+                state.chosen[lines[newer]] = retry.chooses(table, failed)[newer]
             state.attempts[lines[newer]] = attempts[newer]
             state.rows += len(lines)
             state.prompt_tokens += _total(table["prompt_tokens"])

@@ -46,9 +46,7 @@ class OrderedRows:
 
         The column `source` is the index of the row's generation: a line may have a row in several of them.
         """
-        tables = [
-            _tagged(generation.open_chunk(number).read(), source) for source, generation, number in self._whole[index]
-        ]
+        tables = [_tagged(generation.read_chunk(number), source) for source, generation, number in self._whole[index]]
         scattered = self._scratch / f"{index}.arrow"
         if scattered.exists():
             with pa.memory_map(str(scattered)) as source:
@@ -66,7 +64,7 @@ class OrderedRows:
                     if first // self._span == last // self._span:
                         self._whole[first // self._span].append((source, generation, number))
                         continue
-                    table = _tagged(chunk.read(), source)
+                    table = _tagged(generation.read_chunk(number), source)
                     owner = table["line"].to_numpy() // self._span
                     for index in np.unique(owner):
                         if index not in writers:

@@ -36,6 +36,7 @@ CHUNK = pa.schema(
         ("request_id", pa.string()),
         ("response", pa.string()),
         *_ANSWER_COLUMNS,
+        ("fits_schema", pa.bool_()),
     ]
 )
 
@@ -62,7 +63,8 @@ class ChunkRow(NamedTuple):
     """A finished request, in the order of CHUNK's columns.
 
     `status_code` and `response` are None where no answer came; then `error_code` says why. Times are microseconds
-    since 1970, UTC. `attempt` counts how often the line was sent, over all runs.
+    since 1970, UTC. `attempt` counts how often the line was sent, over all runs. `fits_schema` tells whether the answer
+    fits the JSON schema that it was asked to fit; None where there is none, or no telling.
     """
 
     line: int
@@ -78,6 +80,7 @@ class ChunkRow(NamedTuple):
     started_at: int
     finished_at: int
     attempt: int
+    fits_schema: bool | None = None
 
     @property
     def failed(self) -> bool:

@@ -57,7 +57,7 @@ class ChunkWriter:
     def _merge_group(self, sources: list[int]) -> None:
         if len(sources) < 2:
             return
-        tables = [self._generation.open_chunk(number).read() for number in sources]
+        tables = [self._generation.read_chunk(number) for number in sources]
         self._write(pa.concat_tables(tables).combine_chunks(), sources)
         for number in sources:
             self._generation.chunk_path(number).unlink()

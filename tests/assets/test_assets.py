@@ -77,6 +77,14 @@ def failure(result: ExecuteInProcessResult) -> str:
     return str(data.description)
 
 
+def failure_errors(result: ExecuteInProcessResult) -> list[dict[str, Any]]:
+    """The table of errors beside that."""
+    (failed,) = [event for event in result.all_events if event.event_type_value == "STEP_FAILURE"]
+    found = failed.step_failure_data.user_failure_data.metadata["errors"]
+    assert isinstance(found, TableMetadataValue)
+    return [dict(record.data) for record in found.records]
+
+
 def failed_step(result: ExecuteInProcessResult) -> str | None:
     return next((event.step_key for event in result.all_events if event.event_type_value == "STEP_FAILURE"), None)
 
@@ -170,6 +178,7 @@ def test_checks_tell_what_is_wrong_and_only_a_lost_line_blocks(mixed: Mixed) -> 
         "every_request_answered_once": (True, error),
         "error_rate": (False, warn),
         "truncated_rate": (False, warn),
+        "schema_violation_rate": (True, warn),
     }
     for evaluation in mixed.first.get_asset_check_evaluations():
         assert evaluation.partition == mixed.batch.key
@@ -215,6 +224,36 @@ def test_the_retry_job_asks_the_failed_lines_again_and_makes_a_new_revision(mixe
     assert version.endswith(".r2")
 
 
+def test_answers_that_do_not_fit_their_schema_are_counted_and_asked_again_when_chosen(world: World) -> None:
+    text = world.chats(3, response_format={"type": "json_object"}) + world.chats(1, "free").replace("r1", "r4")
+    with AnsweringServer(lambda text: Answer("no object")) as server:
+        world.add_model("hosted", engine="openai", base_url=server.url)
+        batch = world.register("schemas.jsonl", text, model="hosted")
+        first = world.run(batch.key)
+        assert metadata(first, "batch_output")["schema_violations"] == 3
+        assert checks(first)["schema_violation_rate"] == (False, AssetCheckSeverity.WARN)
+        tolerant = {"ops": {"batch_output": {"config": {"max_schema_violation_rate": 0.75}}}}
+        assert checks(world.run(batch.key, config=tolerant))["schema_violation_rate"][0]
+        server.answer = lambda _: Answer('{"n": 1}')
+        config = {"ops": {"batch_results": {"config": {"mode": "RETRY_FAILED", "failed": ["schema"]}}}}
+        retried = world.run(batch.key, "retry_failed_rows", config)
+    assert metadata(retried, "batch_results")["asked_now"] == 3
+    assert metadata(retried, "batch_output")["schema_violations"] == 0
+    assert checks(retried)["schema_violation_rate"][0]
+
+
+def test_a_choice_that_there_is_not_fails_with_those_that_there_are(world: World) -> None:
+    batch = world.register("a.jsonl", world.chats(1))
+    config = {"ops": {"batch_results": {"config": {"mode": "RETRY_FAILED", "failed": ["all"]}}}}
+    assert "none of errors, truncated, schema" in failure(world.run(batch.key, "retry_failed_rows", config))
+
+
+def test_copies_of_an_answer_are_counted_apart_from_what_was_asked(world: World) -> None:
+    batch = world.register("same.jsonl", world.chats(5, temperature=0), dedupe=True)
+    found = metadata(world.run(batch.key), "batch_results")
+    assert (found["asked_now"], found["copied_now"]) == (1, 4)
+
+
 # --- Batches that cannot run ----------------------------------------------------------------------------------------
 
 
@@ -238,6 +277,9 @@ def test_a_batch_that_cannot_run_fails_with_its_reason_before_any_engine(
     batch = world.register("hopeless.jsonl", content, **options)
     result = world.run(batch.key)
     assert reason in failure(result)
+    errors = failure_errors(result)
+    (wanted,) = (batch.final_failure() or {})["errors"]["data"]
+    assert errors == [{name: "" if value is None else str(value) for name, value in wanted.items()}]
     assert failed_step(result) == "batch_requests"
     assert not result.asset_materializations_for_node("batch_requests")
     assert not (world.settings.data_root / "logs").exists()

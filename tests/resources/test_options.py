@@ -33,6 +33,8 @@ def test_every_option_is_taken_from_a_sidecar(tmp_path: Path) -> None:
         flush_seconds: 2
         max_attempts: 5
         request_timeout: 60.5
+        order: prefix
+        dedupe: true
         deadline: 24h
         priority: -1
         metadata: {team: support}
@@ -70,6 +72,8 @@ def test_no_or_empty_sidecar_is_no_options(tmp_path: Path) -> None:
         ({"max_attempts": 0}, "option `max_attempts`"),
         ({"request_timeout": float("nan")}, "option `request_timeout`"),
         ({"priority": 2}, "option `priority`"),
+        ({"order": "random"}, "option `order`"),
+        ({"dedupe": 1}, "option `dedupe`"),
         ({"metadata": {"a": 5}}, "option `metadata.a`"),
         ({"metadata": ["a"]}, "option `metadata`"),
         ({"defaults": {"model": "m"}}, "`model` is an option of its own"),

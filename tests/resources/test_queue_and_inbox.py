@@ -32,7 +32,8 @@ def registered(store: BatchStore, folder: Path, name: str = "in") -> str:
 
 def test_request_is_left_found_and_withdrawn(store: BatchStore, tmp_path: Path) -> None:
     key = registered(store, tmp_path)
-    left = queue.enqueue(store, key, "retry_failed", "inbox")
+    left = queue.enqueue(store, key, "retry_failed", "inbox", ["truncated", "errors"])
+    assert left.failed == ("errors", "truncated")
     assert queue.is_queued(store, key)
     assert list(queue.pending(BatchStore(tmp_path / "data"))) == [left]
     assert queue.withdraw(store, key)
@@ -50,6 +51,12 @@ def test_a_later_request_replaces_an_earlier_one_and_is_not_withdrawn_in_its_nam
     assert earlier.id != later.id
     assert not queue.withdraw(store, key, earlier.id)
     assert queue.withdraw(store, key, later.id)
+
+
+def test_request_of_an_older_version_is_read(store: BatchStore, tmp_path: Path) -> None:
+    key = registered(store, tmp_path)
+    (store.queue_dir / f"{key}.json").write_text('{"id": "1", "mode": "retry_failed", "origin": "submit"}')
+    assert list(queue.pending(store)) == [queue.StartRequest(key, "1", "retry_failed", "submit")]
 
 
 def test_requests_come_oldest_first(store: BatchStore, tmp_path: Path) -> None:

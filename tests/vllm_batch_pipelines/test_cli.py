@@ -153,6 +153,9 @@ def test_run_exits_by_what_became_of_the_lines(place: Place) -> None:
         (["run", "in.jsonl", "--engine", "openai"], "is on engine null"),
         (["run", "in.jsonl", "--mode", "again"], "again"),
         (["run", "in.jsonl", "--limit", "0"], "limit"),
+        (["run", "in.jsonl", "--failed", "truncated"], "give both"),
+        (["run", "in.jsonl", "--mode", "retry_failed", "--failed", "all"], "none of errors, truncated, schema"),
+        (["retry", "in-00000000", "--failed", "cut"], "none of errors, truncated, schema"),
         (["run", "in.jsonl", "--model", "nobody"], "not in the catalog"),
         (["run"], "Missing argument"),
         (["status", "in-00000000"], "No batch is registered"),
@@ -243,6 +246,46 @@ def test_dry_run_and_limit_are_batches_of_their_own(place: Place) -> None:
     }
     assert len(keys) == 4
     assert sorted(len(ids(batch.output_dir / "output.jsonl")) for batch in place.store) == [2, 5, 5, 5]
+
+
+def test_rejected_batch_shows_the_lines_that_are_to_blame(place: Place) -> None:
+    place.write(chats(2) + "bad\n" + chat("c", model="nobody"))
+    assert place("run", "in.jsonl", "--option", "on_invalid=reject", "--json").exit_code == 2
+    (key,) = place.store.keys()
+    document = json.loads(place("status", key, "--json").stdout)
+    assert (document["state"], document["errors"]["object"]) == ("failed", "list")
+    assert [(error["line"], error["code"], error["param"]) for error in document["errors"]["data"]] == [
+        (3, "invalid_json", None),
+        (4, "model_not_found", "body.model"),
+    ]
+    shown = place("status", key).stdout
+    assert "2 of 4 lines are invalid" in shown
+    assert "line 4: model_not_found" in shown
+
+
+def test_answers_that_do_not_fit_are_told_and_asked_again_when_chosen(place: Place) -> None:
+    place.write(chats(3, response_format={"type": "json_object"}) + chat("free"))
+    first = json.loads(place("run", "in.jsonl", "--json").stdout)
+    assert first["schema_violations"] == 3
+    found = json.loads(place("status", first["key"], "--json").stdout)
+    assert (found["succeeded"], found["schema_violations"]) == (4, 3)
+    assert "3 do not fit their JSON schema" in place("status", first["key"]).stdout
+    retry = place("run", "in.jsonl", "--mode", "retry_failed", "--failed", "errors,schema")
+    assert "3 asked now" in retry.stderr
+    assert "3 answers do not fit their JSON schema" in retry.stderr
+
+
+def test_retry_leaves_its_choice_for_the_stack(place: Place) -> None:
+    key = answered(place)
+    assert place("retry", key, "--failed", "truncated,errors").exit_code == 0
+    (request,) = queue.pending(place.store)
+    assert (request.mode, request.failed) == ("retry_failed", ("errors", "truncated"))
+
+
+def test_duplicates_are_told_apart_from_what_was_asked(place: Place) -> None:
+    place.write(chats(5, temperature=0))
+    result = place("run", "in.jsonl", "--option", "dedupe=true")
+    assert "5 of 5 lines answered; 1 asked now, 4 more the same as one of these" in " ".join(result.stderr.split())
 
 
 def test_modes_of_a_run(place: Place) -> None:

@@ -334,6 +334,19 @@ def test_a_retry_checks_again_and_asks_for_failed_rows(world: World) -> None:
     assert request.tags["vllm_batch/mode"] == "retry_failed"
 
 
+def test_a_retry_asks_again_what_was_chosen(world: World) -> None:
+    batch = world.register("a.jsonl", world.chats(1, response_format={"type": "json_object"}))
+    world.finish(batch)
+    queue.enqueue(world.store, batch.key, "retry_failed", failed=["schema", "truncated"])
+    (request,) = tick(world, "submit").runs
+    config = request.run_config["ops"]["batch_results"]["config"]
+    assert config == {"mode": "RETRY_FAILED", "failed": ["schema", "truncated"]}
+    result = world.run(batch.key, request.job_name or "", dict(request.run_config))
+    assert result.success
+    asked = result.asset_materializations_for_node("batch_results")[0].metadata["asked_now"].value
+    assert asked == 1
+
+
 @pytest.mark.parametrize("mode", ["retry_failed", "restart"])
 def test_the_config_of_every_mode_fits_its_job(world: World, mode: str) -> None:
     batch = world.register("a.jsonl", world.chats(1))

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,17 +79,22 @@ def submit(
 
 
 def retry(
-    key: Key, wait: Annotated[bool, typer.Option("--wait", help="Show progress.")] = False, as_json: AsJson = False
+    key: Key,
+    failed: common.Failed = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Show progress.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check the lines of a batch again and ask for those that failed, on the running stack.
 
-    Example:
+    Examples:
 
         vllm-batch retry demo-1a2b3c4d --wait
+
+        vllm-batch retry demo-1a2b3c4d --failed truncated,schema
     """
     with common.errors_for_people():
-        store = common.open_store()
-        _start(store, store.get(key), "retry_failed", wait=wait, as_json=as_json)
+        store, failures = common.open_store(), common.failures(failed)
+        _start(store, store.get(key), "retry_failed", failures, wait=wait, as_json=as_json)
 
 
 def status(
@@ -207,9 +213,11 @@ def validate(
     raise typer.Exit(Exit.WITH_ERRORS if summary.rejected else Exit.OK)
 
 
-def _start(store: BatchStore, batch: Batch, mode: str, *, wait: bool, as_json: bool) -> None:
+def _start(
+    store: BatchStore, batch: Batch, mode: str, failed: Iterable[str] = (), *, wait: bool, as_json: bool
+) -> None:
     before = None if batch.locked_by() else batch.run_record().get("started_at")
-    queue.enqueue(store, batch.key, mode)
+    queue.enqueue(store, batch.key, mode, failed=failed)
     common.stderr.print(f"{batch.key}: queued.")
     if stack.stack_state(settings()) is None:
         common.stderr.print("[yellow]The stack is not running:[/] the run starts when `vllm-batch up` does.")
@@ -326,13 +334,17 @@ def _show_one(found: BatchStatus) -> None:
         left = f", about {common.duration(found.eta_seconds)} left" if found.eta_seconds else ""
         print(f"  done        {found.done} ({found.percent:.0f} %){rate}{left}")
     if found.succeeded is not None:
-        print(f"  answered    {found.succeeded}, {found.failed} error rows")
+        misfits = f", {found.schema_violations} do not fit their JSON schema" if found.schema_violations else ""
+        print(f"  answered    {found.succeeded}{misfits}, {found.failed} error rows")
     if found.output_file:
         print(f"  answers     {found.output_file}", soft_wrap=True)
     if found.error_file:
         print(f"  errors      {found.error_file}", soft_wrap=True)
     if found.error:
-        print(f"  [red]error[/]       {found.error}", markup=False, soft_wrap=True)
+        print(f"  [red]error[/]       {escape(found.error)}", soft_wrap=True)
+    for error in (found.errors or {}).get("data", []):
+        if error["line"] is not None:
+            print(f"    line {error['line']}: {error['code']}, {error['message']}", markup=False, soft_wrap=True)
     if found.run:
         print(f"  run         {found.run.get('owner')}, process {found.run.get('pid')}, since {found.run.get('since')}")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import click
 import typer
@@ -19,10 +19,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from resources import durable
 from resources.batch_store.store import BatchStore
+from resources.chunk_store.retry import ERRORS, Failures, failures_of
 from resources.engine.catalog import Catalog, load_catalog
 from resources.errors import BatchError, BatchStopped, EngineDown, InputRefused
 from resources.progress import Progress as BatchProgress
 from resources.settings import settings
+
+Failed = Annotated[
+    str | None,
+    typer.Option(help="What to ask again, of errors,truncated,schema: no answer, cut, not fitting its JSON schema."),
+]
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
@@ -45,6 +51,11 @@ def open_store() -> BatchStore:
 
 def open_catalog() -> Catalog:
     return load_catalog(settings().models_file)
+
+
+def failures(text: str | None) -> Failures:
+    """What `--failed` chooses; errors where it is left out."""
+    return ERRORS if text is None else failures_of(text.split(","))
 
 
 def print_json(document: Any) -> None:

@@ -35,6 +35,7 @@ def run(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to copy the answers to.")] = None,
     errors: Annotated[Path | None, typer.Option("--errors", "-e", help="Where to copy the error lines to.")] = None,
     mode: Annotated[Mode, typer.Option(help="What to ask of a batch that was begun before.")] = Mode.RESUME,
+    failed: common.Failed = None,
     option: Annotated[list[str] | None, typer.Option(help="A batch option, key=value. May be repeated.")] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Take only the first N lines, as a batch of their own.")
@@ -53,9 +54,14 @@ def run(
         vllm-batch run big.jsonl --engine null --json          # dry run: checks the file, loads no model
 
         vllm-batch run big.jsonl --limit 20 --option chunk_rows=10
+
+        vllm-batch run big.jsonl --mode retry_failed --failed errors,truncated
     """
     with common.errors_for_people(), _terminate_as_interrupt():
         started = time.monotonic()
+        failures = common.failures(failed)
+        if failed is not None and mode is not Mode.RETRY_FAILED:
+            raise InputRefused("--failed says what `--mode retry_failed` asks again; give both.")
         catalog = common.open_catalog()
         options = options_from_text(option or [])
         if model is not None:
@@ -73,7 +79,7 @@ def run(
         with batch.lock("vllm-batch run"), common.progress_bar() as progress:
             checked = pipeline.check(batch, catalog, recheck=mode is not Mode.RESUME, stop=stop, progress=progress)
             _expect_engine(engine, catalog, checked.models)
-            report = pipeline.answer(batch, catalog, starter, mode=mode, stop=stop, progress=progress)
+            report = pipeline.answer(batch, catalog, starter, mode=mode, failed=failures, stop=stop, progress=progress)
             published = pipeline.publish(batch, stop=stop, progress=progress)
             copies = _copy(batch, {"output.jsonl": output, "errors.jsonl": errors})
         document = {
@@ -87,6 +93,7 @@ def run(
                 "rejected": checked.rejected,
                 "asked_now": report.asked,
             },
+            "schema_violations": published.schema_violations,
             "errors_by_code": published.errors_by_code,
             "usage": {"prompt_tokens": published.prompt_tokens, "completion_tokens": published.completion_tokens},
             "models": [
@@ -117,7 +124,12 @@ def _tell(document: dict[str, Any]) -> None:
     print = common.stderr.print
     print(f"[bold]{document['key']}[/]: {counts['completed']} of {counts['total']} lines answered", end="")
     print(f", {counts['failed']} error rows ({_codes(document)})" if counts["failed"] else "", end="")
-    print(f"; {counts['asked_now']} asked now, {document['seconds']:.1f} s.")
+    print(f"; {counts['asked_now']} asked now", end="")
+    copied = sum(model["copied"] for model in document["models"])
+    print(f", {copied} more the same as one of these" if copied else "", end="")
+    print(f", {document['seconds']:.1f} s.")
+    if document["schema_violations"]:
+        print(f"  {document['schema_violations']} answers do not fit their JSON schema")
     print(f"  answers  {document['output_file']}")
     if counts["failed"]:
         print(f"  errors   {document['error_file']}")

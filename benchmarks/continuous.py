@@ -1,5 +1,6 @@
 """Requests whose answers differ much in length: ours against vLLM's own ways, and against a barrier a chunk."""
 
+import itertools
 import json
 import random
 import statistics
@@ -193,23 +194,31 @@ class Watch:
                 return
 
     def shares(self) -> dict[str, float]:
-        """Time-weighted, until the last request was at the server: running / min(seqs, requests left). `filled` counts
-        from the sample that first sees one running, `whole` from the first sample."""
-        filled, whole = [0.0, 0.0], [0.0, 0.0]
+        """Time-weighted shares of what the server can hold, min(seqs, requests left), until the last request was there.
+
+        vLLM sets its gauges at the end of a step, when what the step finished is gone and nothing has taken its place:
+        `gauge` is that of the running ones as it stands. What runs in the step that follows is `held`: the running
+        ones and, as far as there is room, those that wait. Both count from the first sample that sees one running;
+        `held_from_start` from the first sample of all.
+        """
         seen = False
-        for now, after in zip(self._samples, self._samples[1:], strict=False):
+        gauge, held, weights, seen_weights = 0.0, 0.0, 0.0, 0.0
+        for now, after in itertools.pairwise(self._samples):
             moment, running, waiting, finished = now
             if running + waiting + finished >= self._requests:
                 break
             seen = seen or running > 0
             weight, room = after[0] - moment, min(self._seqs, self._requests - finished)
-            for part in [whole, filled] if seen else [whole]:
-                part[0] += weight * running / room
-                part[1] += weight
+            weights += weight
+            if seen:
+                seen_weights += weight
+                gauge += weight * running / room
+                held += weight * min(room, running + waiting) / room
         return {
-            "filled": filled[0] / filled[1] if filled[1] else 0.0,
-            "whole": whole[0] / whole[1] if whole[1] else 0.0,
-            "seconds_seen": filled[1],
+            "gauge": gauge / max(seen_weights, 1e-9),
+            "held": held / max(seen_weights, 1e-9),
+            "held_from_start": held / max(weights, 1e-9),
+            "seconds": seen_weights,
             "samples": len(self._samples),
         }
 
@@ -236,9 +245,10 @@ def _figures(times: dict[str, list[float]], measured: Measured, size: Size, toke
     figures.append(held(ratios[best], f"speed, ours / best other ({best})", at_least=0.93))
     for barrier in size.barriers:
         figures.append(held(ratios[_barrier(barrier)], f"speed, ours / {_barrier(barrier)}", at_least=1.3))
-    filled = statistics.median(load["filled"] for load in measured.loads)
-    whole = statistics.median(load["whole"] for load in measured.loads)
-    what = f"running / what the server can hold (min({size.seqs}, left)), until the last request was sent"
-    figures.append(against(filled, f"{filled:.3f}", what, at_least=0.97))
-    figures.append(Figure("the same, with the time before the engine's first step", f"{whole:.3f}"))
+    shares = {name: statistics.median(load[name] for load in measured.loads) for name in measured.loads[0]}
+    what = f"requests in a step / what the server can hold (min({size.seqs}, left)), until the last request was sent"
+    figures.append(against(shares["held"], f"{shares['held']:.3f}", what, at_least=0.97))
+    figures.append(Figure("the same, with the time before the engine's first step", f"{shares['held_from_start']:.3f}"))
+    text = "the same, by vLLM's gauge of running requests at the end of a step, when what finished is gone"
+    figures.append(Figure(text, f"{shares['gauge']:.3f}"))
     return figures

@@ -92,7 +92,7 @@ class Ratio:
 
     def __str__(self) -> str:
         known = "noise not known" if self.margin is None else f"± {self.margin:.1%}"
-        return f"{self.median:.3f} ({known}, {self.rounds} rounds)"
+        return f"{self.median:.3f} ({known}, n={self.rounds})"
 
     def judge(self, *, at_least: float = 0.0, at_most: float = math.inf) -> str:
         """met, missed, or undecided where what the noise allows lies on both sides of the target."""

@@ -26,6 +26,8 @@ from benchmarks.engines import (
 from resources.engine.vllm_server import server_arguments
 
 SAMPLE_SECONDS = 0.2
+Sample = tuple[float, int, int, int]
+"""Time; requests running, waiting, finished."""
 OURS, GENERATE, RUN_BATCH = "ours", "LLM.chat over all", "run-batch"
 
 
@@ -61,6 +63,7 @@ def run(quick: bool, budget_seconds: float) -> Report:
         f"{size.requests} chat requests, {tokens:,} tokens out (log-normal `max_tokens`, `ignore_eos`), at most "
         f"{size.seqs} at once on all sides, prefix cache off. Ours is check and answer with `chunk_rows` "
         f"{size.chunk_rows} against a running server, no `concurrency` set. Engines that wait are stopped (SIGSTOP). "
+        "On our side the server's metrics are read five times a second. "
         "Ratios are speeds: ours above the other's, above 1 where ours is faster.",
     )
     report.raw = {"tokens": tokens, "seconds": times, "whole_run_batch": measured.whole, "load": measured.loads}
@@ -84,7 +87,7 @@ class Measured:
         self._server, self._file, self._rows, self._tokens, self._size = server, file, rows, tokens, size
         self.whole: list[float] = []
         """run-batch with its start and end, seconds."""
-        self.loads: list[dict[str, float]] = []
+        self.loads: list[dict[str, Any]] = []
 
     def all(self, budget_seconds: float) -> dict[str, list[float]]:
         server, size = self._server, self._size
@@ -115,7 +118,7 @@ class Measured:
         with Watch(self._server, len(self._rows), self._size.seqs) as watch:
             answered = self._server.answer(self._rows, chunk_rows=self._size.chunk_rows)
         self._right(OURS, answered.report.completion_tokens)
-        self.loads.append(watch.shares())
+        self.loads.append(watch.found())
         return answered.seconds
 
     def _offline(self, barrier: int, _: int = 0) -> float:
@@ -133,7 +136,7 @@ class Measured:
             if line.startswith("RESULT "):
                 found: dict[str, float] = json.loads(line.removeprefix("RESULT "))
                 return found
-        raise Unfit("LLM is gone:\n" + (self._server.work / "llm.log").read_text()[-3000:])
+        raise Unfit("LLM is gone:\n" + (self._server.work / "llm.log").read_text()[-12_000:])
 
     def _run_batch(self, number: int) -> float:
         """vLLM's run-batch. Its seconds are from its progress bar's first line, where it has handed all requests to its
@@ -172,7 +175,7 @@ class Watch:
     def __init__(self, server: DemoServer, requests: int, seqs: int) -> None:
         self._server, self._requests, self._seqs = server, requests, seqs
         self._before = server.finished_requests()
-        self._samples: list[tuple[float, int, int, int]] = []
+        self._samples: list[Sample] = []
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -193,34 +196,40 @@ class Watch:
             if self._end.wait(SAMPLE_SECONDS):
                 return
 
-    def shares(self) -> dict[str, float]:
-        """Time-weighted shares of what the server can hold, min(seqs, requests left), until the last request was there.
+    def found(self) -> dict[str, Any]:
+        began = self._samples[0][0]
+        samples = [(round(moment - began, 2), *counts) for moment, *counts in self._samples]
+        shares = occupancy(self._samples, self._requests, self._seqs)
+        return shares | {"samples_seconds_running_waiting_finished": samples}
 
-        vLLM sets its gauges at the end of a step, when what the step finished is gone and nothing has taken its place:
-        `gauge` is that of the running ones as it stands. What runs in the step that follows is `held`: the running
-        ones and, as far as there is room, those that wait. Both count from the first sample that sees one running;
-        `held_from_start` from the first sample of all.
-        """
-        seen = False
-        gauge, held, weights, seen_weights = 0.0, 0.0, 0.0, 0.0
-        for now, after in itertools.pairwise(self._samples):
-            moment, running, waiting, finished = now
-            if running + waiting + finished >= self._requests:
+
+def occupancy(samples: list[Sample], requests: int, seqs: int) -> dict[str, float]:
+    """Time-weighted shares of what the server can hold, min(seqs, requests left), from its first request on.
+
+    vLLM sets its numbers at the end of a step, when what the step finished is gone and nothing has taken its place. So
+    the time until a change belongs to the step that ended there, and in it were those that run now and those that it
+    finished: `step`. Where several steps fall between two samples that is too much by what all but the last finished;
+    `gauge`, the running ones as vLLM says it, is too little. `_sending` ends when all requests are at the server,
+    `_starting` when all have begun; from there on it runs all that are left.
+    """
+    seen = [sample for sample in samples if any(sample[1:])]
+    shares: dict[str, float] = {}
+    for until, begun_only in (("sending", False), ("starting", True)):
+        step, gauge, seconds = 0.0, 0.0, 0.0
+        since: float | None = None
+        for now, after in itertools.pairwise(seen):
+            if now[1] + now[3] + (0 if begun_only else now[2]) >= requests:
                 break
-            seen = seen or running > 0
-            weight, room = after[0] - moment, min(self._seqs, self._requests - finished)
-            weights += weight
-            if seen:
-                seen_weights += weight
-                gauge += weight * running / room
-                held += weight * min(room, running + waiting) / room
-        return {
-            "gauge": gauge / max(seen_weights, 1e-9),
-            "held": held / max(seen_weights, 1e-9),
-            "held_from_start": held / max(weights, 1e-9),
-            "seconds": seen_weights,
-            "samples": len(self._samples),
-        }
+            since = now[0] if since is None else since
+            room = min(seqs, requests - now[3])
+            gauge += (after[0] - now[0]) * now[1] / room
+            if now[1:] != after[1:]:
+                step += (after[0] - since) * min(room, after[1] + after[3] - now[3]) / room
+                seconds += after[0] - since
+                since = None
+        weights = max(seconds, 1e-9)
+        shares |= {f"step_{until}": step / weights, f"gauge_{until}": gauge / weights, f"seconds_{until}": seconds}
+    return shares
 
 
 def _without_media(arguments: list[str]) -> list[str]:
@@ -245,10 +254,12 @@ def _figures(times: dict[str, list[float]], measured: Measured, size: Size, toke
     figures.append(held(ratios[best], f"speed, ours / best other ({best})", at_least=0.93))
     for barrier in size.barriers:
         figures.append(held(ratios[_barrier(barrier)], f"speed, ours / {_barrier(barrier)}", at_least=1.3))
-    shares = {name: statistics.median(load[name] for load in measured.loads) for name in measured.loads[0]}
-    what = f"requests in a step / what the server can hold (min({size.seqs}, left)), until the last request was sent"
-    figures.append(against(shares["held"], f"{shares['held']:.3f}", what, at_least=0.97))
-    figures.append(Figure("the same, with the time before the engine's first step", f"{shares['held_from_start']:.3f}"))
-    text = "the same, by vLLM's gauge of running requests at the end of a step, when what finished is gone"
-    figures.append(Figure(text, f"{shares['gauge']:.3f}"))
+    keys = [key for key in measured.loads[0] if not key.startswith("samples")]
+    shares = {key: statistics.median(load[key] for load in measured.loads) for key in keys}
+    what = f"requests in a step / what the server can hold (min({size.seqs}, left)), until the last began"
+    figures.append(against(shares["step_starting"], f"{shares['step_starting']:.3f}", what, at_least=0.97))
+    text = f"{shares['step_sending']:.3f} (over {shares['seconds_sending']:.1f} s)"
+    figures.append(Figure("the same, until the last was sent", text))
+    what = "the same, by vLLM's gauge at the end of a step, when what finished is gone, until the last began"
+    figures.append(Figure(what, f"{shares['gauge_starting']:.3f}"))
     return figures

@@ -20,6 +20,7 @@ from benchmarks.engines import (
     chat,
     demo_server,
     process_group,
+    trouble,
     vllm_environment,
     write_jsonl,
 )
@@ -95,8 +96,8 @@ class Measured:
         asked = json.dumps({"file": str(self._file), "engine": engine | {"model": str(MODEL_FOLDER)}})
         command = [sys.executable, "-m", "benchmarks.offline_llm", asked]
         with (
-            (server.work / "llm.log").open("wb") as log,
-            process_group(command, env=vllm_environment(server.entry), log=log) as llm,
+            (server.work / "llm.log").open("ab") as log,
+            process_group(command, env=vllm_environment(server.entry), log=log, talks=True) as llm,
             Turns({OURS: server.group, GENERATE: llm.pid}) as turns,
         ):
             self._turns, self._llm = turns, llm
@@ -132,13 +133,16 @@ class Measured:
 
     def _result(self) -> dict[str, float]:
         assert self._llm.stdout
+        log = self._server.work / "llm.log"
         for line in self._llm.stdout:
             if line.startswith("RESULT "):
                 found: dict[str, float] = json.loads(line.removeprefix("RESULT "))
                 return found
-        raise Unfit("LLM is gone:\n" + (self._server.work / "llm.log").read_text()[-12_000:])
+            with log.open("a") as file:
+                file.write(line)
+        raise Unfit(f"LLM is gone: {trouble(log)}")
 
-    def _run_batch(self, number: int) -> float:
+    def _run_batch(self, number: int, again: bool = True) -> float:
         """vLLM's run-batch. Its seconds are from its progress bar's first line, where it has handed all requests to its
         engine, until its output is written."""
         self._turns.only(None)
@@ -157,8 +161,11 @@ class Measured:
                     bar = time.time()
                 time.sleep(0.05)
             ended = time.time()
+        if process.returncode and bar is None and again:  # nothing was measured yet
+            say(f"  run-batch did not start, once more: {trouble(log_path)}")
+            return self._run_batch(number, again=False)
         if process.returncode or bar is None:
-            raise Unfit("run-batch failed:\n" + log_path.read_text()[-3000:])
+            raise Unfit(f"run-batch failed: {trouble(log_path)}")
         answers = [json.loads(line) for line in output.read_text().splitlines()]
         self._right(RUN_BATCH, sum(row["response"]["body"]["usage"]["completion_tokens"] for row in answers))
         self.whole.append(ended - began)

@@ -151,15 +151,19 @@ def demo_server(**engine_args: Any) -> Iterator[DemoServer]:
 
 
 @contextmanager
-def process_group(command: Sequence[str], *, env: dict[str, str], log: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
-    """A program in a group of its own, which is killed with all it started when the context ends, or when we do."""
+def process_group(
+    command: Sequence[str], *, env: dict[str, str], log: IO[bytes], talks: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """A program in a group of its own, which is killed with all it started when the context ends, or when we do.
+
+    Its words go to the log; with `talks`, those on standard output come to us."""
     process = subprocess.Popen(
         command,
         env=env,
         cwd=ROOT,
         text=True,
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.PIPE if talks else log,
         stderr=log,
         start_new_session=True,
     )
@@ -180,6 +184,13 @@ def process_group(command: Sequence[str], *, env: dict[str, str], log: IO[bytes]
             if pipe:
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+
+def trouble(log: Path) -> str:
+    """The first lines that name an error, which vLLM then passes on through pages, and the last lines."""
+    lines = log.read_text(errors="replace").splitlines()
+    first = [line for line in lines if re.search(r"\w(Error|Exception)\b: ", line)][:4]
+    return "\n".join([*first, "...", *lines[-5:]])
 
 
 class Turns:

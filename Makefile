@@ -52,8 +52,8 @@ format: venv ## put the code in the form that `make check` asks for
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: venv ## measure the main path without a model
-	@$(BIN)/python -m benchmarks.main_path
+bench: venv demo-model ## measure: against vLLM's own ways, order, commits, overhead (half an hour; BENCH=--quick tries it)
+	@$(BIN)/python -m benchmarks $(BENCH)
 
 demo-model: venv ## make the demo model in models/
 	@$(BIN)/python scripts/demo_model.py

@@ -8,7 +8,6 @@ a process of its own (peak memory is the kernel's figure for it) on a fresh data
 
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -22,7 +21,8 @@ from typing import Annotated, Any
 
 import typer
 
-LINE_BYTES = 600
+from benchmarks.common import LINE_BYTES, Figure, Report, against, machine, say, write_null_input
+
 ASSETS = ("batch_requests", "batch_results", "batch_output")
 
 
@@ -32,36 +32,42 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
 ) -> None:
     """Measure the main path with the null engine."""
-    with tempfile.TemporaryDirectory(prefix="vllm-batch-bench-", dir="/tmp") as folder:
-        work = Path(folder)
-        file = work / "bench.jsonl"
-        print(f"writing {lines} lines of {LINE_BYTES} bytes ...", file=sys.stderr)
-        write_input(file, lines)
-        figures = []
-        for run in range(runs):
-            shutil.rmtree(work / "data", ignore_errors=True)
-            print(f"run {run + 1} of {runs} ...", file=sys.stderr)
-            figures.append(measure(work, file))
+    figures = measure_runs(lines, runs)
     report = {"machine": machine(), "date": datetime.now(UTC).date().isoformat(), "lines": lines, "runs": figures}
     if out is not None:
         out.write_text(json.dumps(report, indent=1) + "\n")
     show(report)
 
 
-def write_input(path: Path, lines: int) -> None:
-    request: dict[str, Any] = {
-        "custom_id": "request-000000000",
-        "method": "POST",
-        "url": "/v1/chat/completions",
-        "body": {"model": "dry-run", "messages": [{"role": "user", "content": ""}], "temperature": 0, "max_tokens": 64},
-    }
-    words = "the quick brown fox jumps over the lazy dog and asks a question: "
-    missing = LINE_BYTES - len(json.dumps(request)) - 1
-    with path.open("w") as file:
-        for number in range(lines):
-            request["custom_id"] = f"request-{number:09d}"
-            request["body"]["messages"][0]["content"] = (f"{number} " + words * 10)[:missing]
-            file.write(json.dumps(request) + "\n")
+def run(quick: bool, budget_seconds: float) -> Report:
+    """One run, as a part of `python -m benchmarks`."""
+    lines = 10_000 if quick else 1_000_000
+    (found,) = measure_runs(lines, 1)
+    report = Report(
+        "main_path",
+        "The whole path in Dagster, with the null engine",
+        f"{lines:,} lines of {LINE_BYTES} bytes through the three assets of a Dagster run on PostgreSQL; one run.",
+        raw=found,
+    )
+    for name in ("register", *ASSETS):
+        report.figures.append(Figure(name, f"{found[name]:.1f} s, {lines / found[name]:,.0f} lines/s"))
+    report.figures.append(against(found["run"], f"{found['run']:.1f} s", "whole run, seconds", at_most=60))
+    report.figures.append(against(found["peak_rss_mb"], f"{found['peak_rss_mb']:.0f}", "peak memory, MB", at_most=400))
+    return report
+
+
+def measure_runs(lines: int, runs: int) -> list[dict[str, float]]:
+    figures = []
+    with tempfile.TemporaryDirectory(prefix="vllm-batch-bench-", dir="/tmp") as folder:
+        work = Path(folder)
+        file = work / "bench.jsonl"
+        say(f"  writing {lines} lines of {LINE_BYTES} bytes")
+        write_null_input(file, lines)
+        for run in range(runs):
+            shutil.rmtree(work / "data", ignore_errors=True)
+            say(f"  run {run + 1} of {runs}")
+            figures.append(measure(work, file))
+    return figures
 
 
 def measure(work: Path, file: Path) -> dict[str, float]:
@@ -121,10 +127,6 @@ def show(report: dict[str, Any]) -> None:
         seconds = statistics.median(run[name] for run in report["runs"])
         print(f"| {'whole run' if name == 'run' else name} | {seconds:.1f} | {lines / seconds:,.0f} |")
     print(f"\npeak memory {statistics.median(run['peak_rss_mb'] for run in report['runs']):.0f} MB")
-
-
-def machine() -> str:
-    return f"{os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
 
 
 if __name__ == "__main__":

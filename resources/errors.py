@@ -12,6 +12,7 @@ BatchError                      what a person can do something about; the messag
   EngineError
     EngineStartFailed           the engine did not come up; carries the last lines of its log
     EngineDown                  the engine went away and stayed away; uncommitted rows are asked again by the next run
+  DeliveryFailed                events that their webhook did not take; they are among the dead letters
   CheckpointError               a chunk or manifest that cannot be what it should be
 """
 
@@ -83,6 +84,10 @@ class EngineStartFailed(EngineError):
 
 
 class EngineDown(EngineError):
+    pass
+
+
+class DeliveryFailed(BatchError):
     pass
 
 

@@ -14,7 +14,7 @@ from assets.reporting import LOCKED_TAG
 from resources.batch_store.batch import Batch
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog
-from resources.errors import BatchError
+from resources.errors import BatchError, BatchNotFound
 from resources.webhooks import batch_events, records
 from resources.webhooks.deliveries import Deliveries
 from vllm_batch_pipelines import starting
@@ -60,6 +60,8 @@ def announce_endings(
             continue
         try:
             _announce(instance, store.get(key), record, catalog, deliveries, found)
+        except BatchNotFound:
+            continue
         except (BatchError, ValueError) as error:  # one batch that cannot be read, or a target that is gone
             found.notes.append(f"{key}: {error}")
     looked_to = ended[-1].update_timestamp if len(ended) == _MOST_A_TICK else now - _OVERLAP

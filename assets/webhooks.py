@@ -66,7 +66,8 @@ def webhook_deliveries(
             check_name="delivered",
             passed=not lost,
             severity=AssetCheckSeverity.ERROR,
-            description=in_words(lost) or f"{len(deliveries)} delivered.",
+            description=in_words(lost)
+            or (f"{len(deliveries)} delivered." if deliveries else "Nobody hears of this batch."),
         )
         if lost:
             raise DeliveryFailed(

@@ -78,7 +78,11 @@ class Deliveries:
         return [target for target in wanting if target.all_batches or target.name == options.webhook]
 
     def announce(self, event: Event, targets: Iterable[WebhookTarget]) -> None:
-        """Leave an event in the outbox, durably, for `deliver_waiting` to send. No network."""
+        """Leave an event in the outbox, durably, for `deliver_waiting` to send. No network.
+
+        The way for events that no asset of ours sends itself: `announce(event, hearing(event.type))`, with an id by
+        `event_id` of what makes the event what it is; the sensor `announcements` has a run send it.
+        """
         for target in targets:
             self.outbox.put(event, target.name)
 
@@ -179,7 +183,7 @@ class Deliveries:
         done: list[Delivery] = []
         try:
             with self.outbox.emptying(name, owner):
-                while waiting := self.outbox.waiting(name)[:_ROUND]:
+                while waiting := self.outbox.waiting(name, _ROUND):
                     done += await asyncio.gather(*(self._from_the_box(sender, one) for one in waiting))
         except BatchLocked:
             pass  # what waits there is taken by the one that holds it

@@ -18,6 +18,7 @@ from resources.batch_store.lock import lock_owner, writer_lock
 from resources.webhooks.event import Event
 
 PROGRESS = "batch.progress"
+_FILES = "[!.]*.json"  # without those that are being written
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Outbox:
         """The targets for which something waits."""
         if not self._folder.is_dir():
             return []
-        return sorted(box.name for box in self._folder.iterdir() if next(box.glob("*.json"), None) is not None)
+        return sorted(box.name for box in self._folder.iterdir() if next(box.glob(_FILES), None) is not None)
 
     def is_being_emptied(self, target: str) -> bool:
         return lock_owner(self._folder / target / "lock") is not None
@@ -64,11 +65,14 @@ class Outbox:
         with writer_lock(self._folder / target / "lock", owner):
             yield
 
-    def waiting(self, target: str) -> list[Waiting]:
+    def count(self, target: str) -> int:
+        return sum(1 for _ in (self._folder / target).glob(_FILES))
+
+    def waiting(self, target: str, most: int | None = None) -> list[Waiting]:
         """What waits for a target, oldest first. A file that cannot be read is set aside, as `.damaged`."""
-        paths = [(path.stat().st_mtime_ns, path) for path in (self._folder / target).glob("*.json")]
+        paths = [(path.stat().st_mtime_ns, path) for path in (self._folder / target).glob(_FILES)]
         found = []
-        for _, path in sorted(paths):
+        for _, path in sorted(paths)[:most]:
             content = path.read_bytes()
             try:
                 found.append(Waiting(path, target, Event.from_dict(json.loads(content)), content))

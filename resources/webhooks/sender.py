@@ -30,6 +30,7 @@ AT_ONCE = 8
 LONGEST_WAIT_SECONDS = 600.0
 """A receiver that asks for more is not waited for: the event becomes a dead letter, to be sent again later."""
 _BACKOFF_SECONDS = 60.0
+_KEEP_ALIVE_SECONDS = 4.0  # many servers let go after 5 s: let go first, not into a request on its way
 _ANSWER_BYTES = 2048
 _SHOWN_CHARACTERS = 200
 _TRIED_AGAIN = (408, 425, 429)
@@ -151,7 +152,11 @@ class Sender:
             if not target.allow_insecure:
                 resolver = GuardedResolver(resolver, self._allowed)
             connector = aiohttp.TCPConnector(
-                resolver=resolver, use_dns_cache=False, limit=AT_ONCE, ssl=True if self._tls is None else self._tls
+                resolver=resolver,
+                use_dns_cache=False,
+                limit=AT_ONCE,
+                keepalive_timeout=_KEEP_ALIVE_SECONDS,
+                ssl=True if self._tls is None else self._tls,
             )
             self._sessions[target.name] = await self._open.enter_async_context(
                 aiohttp.ClientSession(

@@ -93,7 +93,7 @@ class WebhookTarget(Target):
     def place(self) -> str:
         """The URL as it may be shown: without its path, which can be a secret."""
         url = URL(self.url.get_secret_value())
-        return f"{url.scheme}://{url.authority}/" + ("" if url.raw_path_qs in ("", "/") else "…")
+        return f"{url.scheme}://{url.host_port_subcomponent}/" + ("" if url.raw_path_qs in ("", "/") else "…")
 
     def redact(self, text: str) -> str:
         """The text without this target's secrets, however they got into it."""

@@ -50,11 +50,11 @@ def test_thirty_batches_at_once_one_that_fails_and_one_that_is_cancelled_are_eac
     stack: Stack, receiver: Receiver
 ) -> None:
     receiver.script = [Say(503)]  # the first one is tried again
+    held = stack.begin_held_batch("held")
     inbox = stack.settings.inbox_dir
     for number in range(30):
         (inbox / f"b{number}.jsonl").write_text(chats(3, f"text {number}"))
     (inbox / "broken.jsonl").write_text("no json\n")
-    held = stack.begin_held_batch("held")
     code, _, errors = stack.call("cancel", held.key)
     assert code == 0, errors
 

@@ -102,7 +102,7 @@ def _described(target: WebhookTarget, deliveries: Deliveries) -> dict[str, Any]:
         "format": target.format,
         "events": list(target.events),
         "all_batches": target.all_batches,
-        "waiting": len(deliveries.outbox.waiting(target.name)),
+        "waiting": deliveries.outbox.count(target.name),
     }
 
 

@@ -5,12 +5,13 @@ from pydantic import Field
 
 from assets.batch_requests import batch_requests
 from assets.partitions import BATCH_FILES, GROUP, OWNERS
-from assets.reporting import failures_for_people, progress_reporter, table
+from assets.reporting import all_of, failures_for_people, progress_reporter, table
 from resources import pipeline
 from resources.answering import Mode
 from resources.batch_store.resource import BatchStoreResource
 from resources.chunk_store.retry import FailureKind, failures_of
 from resources.engine.resource import EngineResource
+from resources.webhooks.resource import WebhooksResource
 
 
 class ResultsConfig(Config):
@@ -52,7 +53,11 @@ _REPORT_COLUMNS = [
     code_version="1",
 )
 def batch_results(
-    context: AssetExecutionContext, config: ResultsConfig, store: BatchStoreResource, engines: EngineResource
+    context: AssetExecutionContext,
+    config: ResultsConfig,
+    store: BatchStoreResource,
+    engines: EngineResource,
+    webhooks: WebhooksResource,
 ) -> MaterializeResult:  # type: ignore[type-arg]
     """The answers of a batch, in chunks that are the checkpoint: an interrupted run goes on where it stopped."""
     with failures_for_people(context):
@@ -63,7 +68,7 @@ def batch_results(
             engines.starter(),
             mode=config.mode,
             failed=failures_of(config.failed),
-            progress=progress_reporter(context),
+            progress=all_of(progress_reporter(context), webhooks.progress_announcer(batch, context.run.run_id)),
         )
     seconds = sum(model.seconds for model in report.models)
     tokens = sum(model.completion_tokens for model in report.models)

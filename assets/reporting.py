@@ -18,7 +18,7 @@ from dagster import (
 )
 
 from resources.errors import BatchError, BatchFailed, BatchLocked
-from resources.progress import Progress
+from resources.progress import Progress, ProgressCallback
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,16 @@ def progress_reporter(
         )
 
     return report
+
+
+def all_of(*callbacks: ProgressCallback) -> ProgressCallback:
+    """One callback that calls them all."""
+
+    def tell(now: Progress) -> None:
+        for callback in callbacks:
+            callback(now)
+
+    return tell
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> TableMetadataValue:

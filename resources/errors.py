@@ -12,6 +12,7 @@ BatchError                      what a person can do something about; the messag
   EngineError
     EngineStartFailed           the engine did not come up; carries the last lines of its log
     EngineDown                  the engine went away and stayed away; uncommitted rows are asked again by the next run
+  DeliveryFailed                events that their webhook did not take; they are among the dead letters
   CheckpointError               a chunk or spec that cannot be what it should be
     ChunkDamaged                one chunk is not as it was written; the next run sets it aside and asks its lines again
   StorageError                  the disk refused: full, read-only, no right to write
@@ -85,6 +86,10 @@ class EngineStartFailed(EngineError):
 
 
 class EngineDown(EngineError):
+    pass
+
+
+class DeliveryFailed(BatchError):
     pass
 
 

@@ -34,6 +34,11 @@ class Settings(BaseSettings):
     targets_file: Path = Field(
         Path("targets.yaml"), description="Named webhooks, exports and Label Studio projects. None where it is missing."
     )
+    webhook_url: SecretStr | None = Field(None, description="The webhook `default`, which hears of every batch.")
+    webhook_secret: SecretStr | None = Field(None, description="Its secret: `whsec_` and base64 of 24 to 64 bytes.")
+    enable_webhooks: bool | None = Field(
+        None, description="Whether events are sent. Default: where a webhook is defined."
+    )
     poll_seconds: int = Field(5, ge=1, le=3600, description="How often the inbox is looked at, in seconds.")
     night_cron: str = Field("0 22 * * *", description="When the schedule inbox_at_night takes the inbox (cron).")
     port: int = Field(3000, ge=0, le=65535, description="Port of the web UI on 127.0.0.1; 0 takes a free one.")
@@ -54,6 +59,11 @@ class Settings(BaseSettings):
     @classmethod
     def _split_roots(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @field_validator("webhook_url", "webhook_secret", "enable_webhooks", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return None if value == "" else value
 
     @property
     def data_root(self) -> Path:

@@ -6,6 +6,9 @@ shown nowhere.
 
 webhooks:
   ops: {url: https://example.org/hook, secret: "${OPS_SECRET}"}
+
+The settings VLLM_BATCH_WEBHOOK_URL and VLLM_BATCH_WEBHOOK_SECRET define one more webhook, `default`, that hears of
+every batch.
 """
 
 import difflib
@@ -20,23 +23,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resources.batch_format.options import BatchOptions, UniqueKeyLoader
 from resources.errors import OptionsError, SettingsError
+from resources.settings import Settings
+from resources.webhooks.target import WebhookTarget
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-
-
-class Target(BaseModel):
-    """What all targets have in common. Unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=NAME_PATTERN)
 
 
 class Targets(BaseModel):
     """All targets by section and name. A section is a field here; its key in the file is the field's name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    webhooks: dict[str, WebhookTarget] = Field(default_factory=dict)
 
     def names(self, section: str) -> list[str]:
         """The names of a section; none where there is no such section."""
@@ -90,6 +88,49 @@ def load_targets(path: Path, environ: Mapping[str, str] = os.environ) -> Targets
         raise SettingsError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
 
 
+def all_targets(settings: Settings) -> Targets:
+    """The targets of the file that the settings name, and those that the settings themselves define.
+
+    Raises:
+        SettingsError: as `load_targets`; or half a webhook is set, one is named `default` in the file too, or webhooks
+            are to be on and there is none.
+    """
+    targets = load_targets(settings.targets_file)
+    url, secret = settings.webhook_url, settings.webhook_secret
+    if url is None and secret is None:
+        if settings.enable_webhooks and not targets.webhooks:
+            raise SettingsError(
+                f"VLLM_BATCH_ENABLE_WEBHOOKS is on, and no webhook is defined: {settings.targets_file} has none, and "
+                "VLLM_BATCH_WEBHOOK_URL is not set."
+            )
+        return targets
+    if url is None or secret is None:
+        missing = "WEBHOOK_URL" if url is None else "WEBHOOK_SECRET"
+        raise SettingsError(
+            f"VLLM_BATCH_{missing} is missing: the webhook `default` needs both, its URL and its secret."
+        )
+    if "default" in targets.webhooks:
+        raise SettingsError(f"{settings.targets_file}: `webhooks.default` is defined by VLLM_BATCH_WEBHOOK_URL too.")
+    try:
+        default = WebhookTarget(name="default", url=url, secret=(secret,), all_batches=True)
+    except ValidationError as error:
+        raise SettingsError("VLLM_BATCH_WEBHOOK_URL: " + "; ".join(_explain(e) for e in error.errors())) from None
+    return targets.model_copy(update={"webhooks": {**targets.webhooks, "default": default}})
+
+
+def webhooks_enabled(settings: Settings) -> bool:
+    """Whether events are sent: as the settings say, or else where a webhook is defined.
+
+    Targets that cannot be read count as some: who uses them says what is wrong, and a batch runs on without.
+    """
+    if settings.enable_webhooks is not None:
+        return settings.enable_webhooks
+    try:
+        return bool(all_targets(settings).webhooks)
+    except SettingsError:
+        return True
+
+
 def _fields(path: Path, where: str, fields: object, environ: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise SettingsError(f"{path}: `{where}` must be a mapping of key to value.")
@@ -118,4 +159,5 @@ def _filled(path: Path, where: str, value: Any, environ: Mapping[str, str]) -> A
 def _explain(error: Any) -> str:
     """Where and what, without the value: it may be a secret."""
     where = ".".join(str(part) for part in error["loc"])
-    return f"`{where}`: {str(error['msg']).removeprefix('Value error, ')}"
+    said = str(error["msg"]).removeprefix("Value error, ")
+    return f"`{where}`: {said}" if where else said

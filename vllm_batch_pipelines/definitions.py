@@ -5,17 +5,21 @@ from dagster import Definitions, in_process_executor
 from assets.batch_output import batch_output
 from assets.batch_requests import batch_requests
 from assets.batch_results import batch_results
+from assets.webhooks import webhook_deliveries
 from resources.batch_store.resource import BatchStoreResource
 from resources.engine.resource import EngineResource
 from resources.settings import settings
-from vllm_batch_pipelines.jobs import JOBS
+from resources.targets import webhooks_enabled
+from resources.webhooks.resource import WebhooksResource
+from vllm_batch_pipelines.jobs import JOBS, WEBHOOK_JOBS
 from vllm_batch_pipelines.schedules import SCHEDULES
-from vllm_batch_pipelines.sensors import SENSORS
+from vllm_batch_pipelines.sensors import SENSORS, WEBHOOK_SENSORS
 
 _settings = settings()
+_webhooks = webhooks_enabled(_settings)
 
 defs = Definitions(
-    assets=[batch_requests, batch_results, batch_output],
+    assets=[batch_requests, batch_results, batch_output, *([webhook_deliveries] if _webhooks else [])],
     resources={
         "store": BatchStoreResource(data_root=str(_settings.data_root)),
         "engines": EngineResource(
@@ -23,9 +27,10 @@ defs = Definitions(
             runtime_dir=str(_settings.runtime_root),
             log_dir=str(_settings.data_root / "logs" / "engines"),
         ),
+        "webhooks": WebhooksResource(data_root=str(_settings.data_root), enabled=_webhooks),
     },
-    jobs=JOBS,
-    sensors=SENSORS,
+    jobs=[*JOBS, *(WEBHOOK_JOBS if _webhooks else [])],
+    sensors=[*SENSORS, *(WEBHOOK_SENSORS if _webhooks else [])],
     schedules=SCHEDULES,
     # In this process: the engine is one of its own anyway. Retries live inside the work, so no RetryPolicy anywhere.
     executor=in_process_executor,

@@ -17,6 +17,7 @@ from dagster import (
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from pydantic import Field
 
+from assets.webhooks import POOL, in_words, summary
 from resources.answering import Mode
 from resources.batch_store import queue
 from resources.batch_store.resource import BatchStoreResource
@@ -24,7 +25,9 @@ from resources.batch_store.store import BatchStore
 from resources.chunk_store.retry import FailureKind
 from resources.errors import InputRefused
 from resources.settings import settings
-from resources.targets import load_targets
+from resources.targets import all_targets
+from resources.webhooks.outbox import PROGRESS
+from resources.webhooks.resource import WebhooksResource
 
 BATCH_ASSET_KEYS = [AssetKey("batch_requests"), AssetKey("batch_results"), AssetKey("batch_output")]
 BATCH_ASSETS = AssetSelection.assets(*BATCH_ASSET_KEYS)
@@ -71,7 +74,7 @@ def register(context: OpExecutionContext, config: RegisterConfig, store: BatchSt
     given = [inbox / path for path in config.paths] + matched
     if not given:
         raise Failure(description=f"No file named: set `paths` or a `glob` that matches something in {inbox}.")
-    batches = BatchStore(Path(store.data_root), load_targets(settings().targets_file))
+    batches = BatchStore(Path(store.data_root), all_targets(settings()))
     refused = []
     for path in given:
         try:
@@ -92,4 +95,38 @@ def register_files() -> None:
     register()
 
 
+@op(pool=POOL, description="Send what waits in the outbox, to every target that no other run sends to.")
+def send_waiting(context: OpExecutionContext, webhooks: WebhooksResource) -> None:
+    done = webhooks.deliveries().deliver_waiting(f"Dagster run {context.run_id[:8]}")
+    context.add_output_metadata(summary(done))
+    lost = [one for one in done if not one.delivered and one.type != PROGRESS]
+    if lost:
+        raise Failure(description=f"{in_words(lost[:5])}. {len(lost)} dead letters in all.")
+
+
+@job(description="Send the events that wait: batches that failed or were cancelled, and progress.")
+def deliver_webhooks() -> None:
+    send_waiting()
+
+
+class RedeliverConfig(Config):
+    event_ids: list[str] = Field([], description="Events to send again; all that are dead letters where it is empty.")
+
+
+@op(pool=POOL, description="Send dead letters again, with the bytes that were sent, and mark those that are taken.")
+def send_again(context: OpExecutionContext, config: RedeliverConfig, webhooks: WebhooksResource) -> None:
+    deliveries = webhooks.deliveries()
+    done = deliveries.redeliver(deliveries.open_letters(config.event_ids))
+    context.add_output_metadata(summary(done))
+    lost = [one for one in done if not one.delivered]
+    if lost:
+        raise Failure(description=f"{in_words(lost[:5])}. {len(lost)} of {len(done)} stay dead letters.")
+
+
+@job(description="Send dead letters again: events that a webhook did not take.")
+def redeliver_webhooks() -> None:
+    send_again()
+
+
+WEBHOOK_JOBS: list[JobDefinition | UnresolvedAssetJobDefinition] = [deliver_webhooks, redeliver_webhooks]
 JOBS: list[JobDefinition | UnresolvedAssetJobDefinition] = [process_batch, retry_failed_rows, register_files]

@@ -9,7 +9,7 @@ from resources.batch_store.inbox import Inbox
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import load_catalog
 from resources.settings import settings
-from resources.targets import load_targets
+from resources.targets import all_targets
 from vllm_batch_pipelines.jobs import process_batch
 from vllm_batch_pipelines.starting import ToStart, start_queued, sweep, take_from_inbox
 
@@ -34,7 +34,7 @@ def sweep_schedule(context: ScheduleEvaluationContext) -> Iterator[RunRequest | 
 )
 def inbox_at_night(context: ScheduleEvaluationContext) -> Iterator[RunRequest | SkipReason]:
     config = settings()
-    store = BatchStore(config.data_root, load_targets(config.targets_file))
+    store = BatchStore(config.data_root, all_targets(config))
     dropped = Inbox(config.inbox_dir, config.data_root / "inbox-index.json")
     found = take_from_inbox(context.instance, store, dropped, load_catalog(config.models_file), large_in_a_run=False)
     yield from _requests(context, start_queued(context.instance, store, "inbox", found))

@@ -1,14 +1,27 @@
 """Sensors: what starts runs within seconds. All run as soon as the stack is up."""
 
-from dagster import DefaultSensorStatus, SensorDefinition, SensorEvaluationContext, SensorResult, sensor
+from dagster import (
+    AssetSelection,
+    AutomationConditionSensorDefinition,
+    DagsterRunStatus,
+    DefaultSensorStatus,
+    RunRequest,
+    RunsFilter,
+    SensorDefinition,
+    SensorEvaluationContext,
+    SensorResult,
+    sensor,
+)
 
 from assets.partitions import BATCH_FILES
 from resources.batch_store.inbox import Inbox
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import load_catalog
 from resources.settings import settings
-from resources.targets import load_targets
-from vllm_batch_pipelines.jobs import JOBS
+from resources.targets import all_targets
+from resources.webhooks.deliveries import Deliveries
+from vllm_batch_pipelines.announcing import announce_endings
+from vllm_batch_pipelines.jobs import JOBS, deliver_webhooks
 from vllm_batch_pipelines.starting import ToStart, start_queued, take_from_inbox
 
 # The daemon looks every five seconds; an interval of exactly that would make every other look come a moment too early.
@@ -23,7 +36,7 @@ _POLL_SECONDS = max(1, settings().poll_seconds - 1)
 )
 def inbox(context: SensorEvaluationContext) -> SensorResult:
     config = settings()
-    store = BatchStore(config.data_root, load_targets(config.targets_file))
+    store = BatchStore(config.data_root, all_targets(config))
     dropped = Inbox(config.inbox_dir, config.data_root / "inbox-index.json")
     found = take_from_inbox(context.instance, store, dropped, load_catalog(config.models_file))
     return _result(context, start_queued(context.instance, store, "inbox", found))
@@ -50,4 +63,42 @@ def _result(context: SensorEvaluationContext, found: ToStart) -> SensorResult:
     )
 
 
+@sensor(
+    jobs=[deliver_webhooks],
+    minimum_interval_seconds=_POLL_SECONDS,
+    default_status=DefaultSensorStatus.RUNNING,
+    description="Notes batches that failed or were cancelled for the webhooks, and has sent what waits. No network.",
+)
+def announcements(context: SensorEvaluationContext) -> SensorResult:
+    config = settings()
+    deliveries = Deliveries(config.data_root, all_targets(config).webhooks)
+    store, catalog = BatchStore(config.data_root), load_catalog(config.models_file)
+    found = announce_endings(context.instance, store, catalog, deliveries, context.cursor)
+    for note in found.notes:
+        context.log.warning(note)
+    for event in found.events:
+        context.log.info(event)
+    waiting = [name for name in deliveries.outbox.targets() if not deliveries.outbox.is_being_emptied(name)]
+    wanted = bool(waiting) and not _about_to_deliver(context)
+    return SensorResult(
+        run_requests=[RunRequest(job_name=deliver_webhooks.name)] if wanted else [],
+        cursor=found.cursor,
+        skip_reason=None if wanted else "a run that delivers is about to begin" if waiting else "nothing to send",
+    )
+
+
+def _about_to_deliver(context: SensorEvaluationContext) -> bool:
+    """Whether a run that has not begun yet will take what waits. One that goes on may hang at another target."""
+    statuses = [DagsterRunStatus.NOT_STARTED, DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING]
+    return context.instance.get_runs_count(RunsFilter(job_name=deliver_webhooks.name, statuses=statuses)) > 0
+
+
+automation = AutomationConditionSensorDefinition(
+    "automation",
+    target=AssetSelection.all(),
+    default_status=DefaultSensorStatus.RUNNING,
+    description="Materializes what hangs on a batch's outputs once they are there.",
+)
+
 SENSORS: list[SensorDefinition] = [inbox, submitted]
+WEBHOOK_SENSORS: list[SensorDefinition] = [announcements, automation]

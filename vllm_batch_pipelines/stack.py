@@ -36,7 +36,7 @@ from resources.errors import BatchError, SettingsError
 from resources.filesystem import refuse_remote_filesystem
 from resources.postgres import EmbeddedPostgres, find_postgres_url, runtime_folder
 from resources.settings import Settings
-from resources.targets import load_targets
+from resources.targets import all_targets
 from vllm_batch_pipelines.processes import ProcessIdentity, end_all, identify, session_members, start_session
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Stack:
             BatchError: a part did not come up, or died again and again; carries the end of its log.
         """
         refuse_remote_filesystem(self._settings.data_root)
-        load_targets(self._settings.targets_file)  # a secret that is missing is told now, not at the first delivery
+        all_targets(self._settings)  # a secret that is missing is told now, not at the first delivery
         with ExitStack() as cleanup:
             cleanup.enter_context(self._signals())
             cleanup.enter_context(_up_lock(self._settings))

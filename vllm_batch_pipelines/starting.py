@@ -61,10 +61,10 @@ class ToStart:
 def runs_of(instance: DagsterInstance, key: str, statuses: list[DagsterRunStatus] | None = None) -> list[DagsterRun]:
     """Runs that work on a batch, latest first."""
     found = instance.get_runs(RunsFilter(tags={PARTITION_TAG: key}, statuses=statuses or None))
-    return [run for run in found if _works_on_a_batch(run)]
+    return [run for run in found if works_on_a_batch(run)]
 
 
-def _works_on_a_batch(run: DagsterRun) -> bool:
+def works_on_a_batch(run: DagsterRun) -> bool:
     """Whether a run answers a batch, and so holds its lock, and is not one of an asset that only reads its outputs."""
     if run.asset_selection:
         return not run.asset_selection.isdisjoint(BATCH_ASSET_KEYS)
@@ -230,16 +230,26 @@ def _reason_to_wait(
     owner = batch.locked_by()
     if owner is not None:
         return f"worked on by {owner.get('owner')}"
-    failure = batch.final_failure()
-    if failure is not None and not pipeline.catalog_helps(batch, catalog):
-        return f"cannot complete: {failure['code']}"
+    if cannot_complete(batch, catalog):
+        return f"cannot complete: {(batch.final_failure() or {}).get('code')}"
     runs = runs_of(instance, batch.key)
     if runs and runs[0].status is DagsterRunStatus.CANCELED and INTERRUPTED_TAG not in runs[0].tags:
         return "its last run was cancelled"
-    failed, lost = _failures_in_a_row(runs)
-    if failed >= MAX_TRIES or lost >= MAX_LOST:
+    if is_given_up(runs):
+        failed, lost = _failures_in_a_row(runs)
         return f"failed {failed} times in a row, and lost its process {lost} times"
     return None
+
+
+def cannot_complete(batch: Batch, catalog: Catalog) -> bool:
+    """Whether a batch failed for a reason that another run would meet again."""
+    return batch.final_failure() is not None and not pipeline.catalog_helps(batch, catalog)
+
+
+def is_given_up(runs: Iterable[DagsterRun]) -> bool:
+    """Whether the last of these runs, latest first, failed so often that the sweep starts no other."""
+    failed, lost = _failures_in_a_row(runs)
+    return failed >= MAX_TRIES or lost >= MAX_LOST
 
 
 def _failures_in_a_row(runs: Iterable[DagsterRun]) -> tuple[int, int]:
@@ -258,7 +268,7 @@ def _going_on(instance: DagsterInstance) -> dict[str, list[DagsterRun]]:
     runs: dict[str, list[DagsterRun]] = {}
     for run in instance.get_runs(RunsFilter(statuses=_GOING_ON)):
         key = run.tags.get(PARTITION_TAG)
-        if key is not None and _works_on_a_batch(run):
+        if key is not None and works_on_a_batch(run):
             runs.setdefault(key, []).append(run)
     return runs
 

@@ -9,6 +9,7 @@ requests/part-*.parquet     one row a line, valid or not; summary.json beside th
 results/<model>/<fingerprint>/manifest.json chunk-*.parquet       the checkpoint
 results/current.json        which generation of each model readers see
 output -> outputs/<revision>/output.jsonl errors.jsonl results/part-*.parquet summary.json
+webhooks/<event>.<target>.json        what was sent to whom, with every attempt; see resources/webhooks/records.py
 """
 
 import json
@@ -72,6 +73,11 @@ class Batch:
     @property
     def outputs_dir(self) -> Path:
         return self.root / "outputs"
+
+    @property
+    def webhooks_dir(self) -> Path:
+        """The record of what was sent to webhooks."""
+        return self.root / "webhooks"
 
     @contextmanager
     def lock(self, owner: str) -> Iterator[None]:

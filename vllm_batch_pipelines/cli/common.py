@@ -24,7 +24,7 @@ from resources.engine.catalog import Catalog, load_catalog
 from resources.errors import BatchError, BatchStopped, EngineDown, InputRefused
 from resources.progress import Progress as BatchProgress
 from resources.settings import settings
-from resources.targets import load_targets
+from resources.targets import all_targets
 
 Failed = Annotated[
     str | None,
@@ -47,7 +47,7 @@ class Exit(IntEnum):
 
 
 def open_store() -> BatchStore:
-    return BatchStore(settings().data_root, load_targets(settings().targets_file))
+    return BatchStore(settings().data_root, all_targets(settings()))
 
 
 def open_catalog() -> Catalog:

@@ -14,7 +14,7 @@ import typer
 from resources.errors import BatchError
 from resources.filesystem import refuse_remote_filesystem
 from resources.settings import load_settings, settings
-from resources.targets import load_targets
+from resources.targets import all_targets
 from vllm_batch_pipelines import stack
 from vllm_batch_pipelines.cli import common
 from vllm_batch_pipelines.cli.common import Exit
@@ -109,7 +109,7 @@ def _models() -> str:
 
 
 def _targets() -> str:
-    targets = load_targets(settings().targets_file)
+    targets = all_targets(settings())
     named = [f"{name} ({section})" for section in type(targets).model_fields for name in targets.names(section)]
     return ", ".join(named) or "none"
 

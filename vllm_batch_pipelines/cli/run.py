@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 from resources import pipeline
 from resources.answering import Mode
@@ -73,6 +74,10 @@ def run(
         batch = registration.batch
         if registration.note:
             common.stderr.print(f"[yellow]Note:[/] {registration.note}")
+        for what, _, names in batch.spec.options.targets():
+            if names:
+                named = escape(", ".join(names))
+                common.stderr.print(f"[yellow]Note:[/] {what} ({named}) only happens on the stack: `vllm-batch up`.")
         config = settings()
         starter = EngineStarter(config.runtime_root, config.data_root / "logs" / "engines")
         stop = threading.Event()

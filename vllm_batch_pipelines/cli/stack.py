@@ -1,5 +1,6 @@
 """`vllm-batch up` and `down`."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ def up(
     port: Annotated[
         int | None, typer.Option(help="Port of the web UI on 127.0.0.1; 0 takes a free one. Default: VLLM_BATCH_PORT.")
     ] = None,
+    enable_webhooks: Annotated[
+        bool, typer.Option("--enable-webhooks", help="Send events; an error where no webhook is defined.")
+    ] = False,
     workspace: Annotated[Path | None, typer.Option(hidden=True, exists=True, dir_okay=False)] = None,
 ) -> None:
     """Start PostgreSQL (or use yours), the web UI and the daemon, and keep them running until Ctrl-C.
@@ -25,6 +29,8 @@ def up(
     """
     from vllm_batch_pipelines.stack import Stack
 
+    if enable_webhooks:
+        os.environ["VLLM_BATCH_ENABLE_WEBHOOKS"] = "true"  # for the web server, the daemon and every run
     with _errors_for_people():
         settings = load_settings()
         if port is not None:

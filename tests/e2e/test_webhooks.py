@@ -1,0 +1,71 @@
+"""Webhooks of a running stack: `vllm-batch up`, its daemon and its runs, at a real receiver."""
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.test_stack import Stack
+from tests.helpers import AnsweringServer, chats, wait_until
+from tests.receiver import SECRET, Receiver, Say
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as made:
+        yield made
+
+
+@pytest.fixture
+def stack(receiver: Receiver) -> Iterator[Stack]:
+    with tempfile.TemporaryDirectory(prefix="vb-") as made, AnsweringServer() as server:
+        stack = Stack(Path(made), server)
+        server.hold = lambda text: text in stack.held
+        models = {
+            "dry-run": {"engine": "null"},
+            "held": {"engine": "openai", "base_url": server.url, "concurrency": 4},
+        }
+        stack.file("models.yaml", yaml.safe_dump({"models": models}))
+        target = {"url": receiver.url, "secret": SECRET, "allow_insecure": True, "all_batches": True, "max_attempts": 2}
+        stack.file("targets.yaml", yaml.safe_dump({"webhooks": {"ops": target}}))
+        try:
+            stack.up()
+            yield stack
+            server.gate.set()
+            assert stack.call("down")[0] == 0
+        finally:
+            server.gate.set()
+            stack.kill_everything()
+            for left in stack.folder.parent.glob(f"{stack.folder.name}*-*"):
+                shutil.rmtree(left)
+
+
+def test_thirty_batches_at_once_one_that_fails_and_one_that_is_cancelled_are_each_told_once(
+    stack: Stack, receiver: Receiver
+) -> None:
+    receiver.script = [Say(503)]  # the first one is tried again
+    held = stack.begin_held_batch("held")
+    inbox = stack.settings.inbox_dir
+    for number in range(30):
+        (inbox / f"b{number}.jsonl").write_text(chats(3, f"text {number}"))
+    (inbox / "broken.jsonl").write_text("no json\n")
+    code, _, errors = stack.call("cancel", held.key)
+    assert code == 0, errors
+
+    def told() -> Counter[tuple[str, str]]:
+        events = {received.id: received.content for received in receiver.received}
+        return Counter((content["type"], content["data"]["id"]) for content in events.values())
+
+    wait_until(lambda: len(told()) >= 32, 700)
+    by_type = Counter(event for event, _ in told())
+    assert by_type == {"batch.completed": 30, "batch.failed": 1, "batch.cancelled": 1}
+    assert ("batch.cancelled", held.key) in told()
+    repeats = [key for key, count in Counter(receiver.ids).items() if count > 1]
+    assert len(repeats) <= 1
+    assert sorted(set(told().values())) == [1]

@@ -1,0 +1,110 @@
+"""How batches that failed or were cancelled come to be announced: from the runs of the instance to the outbox.
+
+Not by a run-status sensor, whose cursor moves on past an exception. `announce_endings` looks at the runs that ended
+since its own cursor; the cursor moves after everything is in the outbox, durably, and a look that repeats an earlier
+one changes nothing, since an event that waits or was sent is known by its id.
+"""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunsFilter
+
+from assets.reporting import LOCKED_TAG
+from resources.batch_store.batch import Batch
+from resources.batch_store.store import BatchStore
+from resources.engine.catalog import Catalog
+from resources.errors import BatchError, BatchNotFound
+from resources.webhooks import batch_events, records
+from resources.webhooks.deliveries import Deliveries
+from vllm_batch_pipelines import starting
+from vllm_batch_pipelines.stack import INTERRUPTED_TAG
+
+_FIRST_LOOK = timedelta(hours=1)
+_OVERLAP = timedelta(minutes=5)
+"""Runs are looked at again for so long: what ended first need not be seen first."""
+_MOST_A_TICK = 500
+
+
+@dataclass
+class Announced:
+    """What a look left in the outbox, and where the next one begins."""
+
+    cursor: str
+    events: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def announce_endings(
+    instance: DagsterInstance,
+    store: BatchStore,
+    catalog: Catalog,
+    deliveries: Deliveries,
+    cursor: str | None,
+    now: datetime | None = None,
+) -> Announced:
+    """Leave `batch.failed` and `batch.cancelled` for the batches whose run ended since the cursor and that no run takes
+    up again by itself. No network."""
+    now = now or datetime.now(UTC)
+    since = datetime.fromisoformat(cursor) if cursor else now - _FIRST_LOOK
+    ended = instance.get_run_records(
+        RunsFilter(statuses=[DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED], updated_after=since),
+        limit=_MOST_A_TICK,
+        order_by="update_timestamp",
+        ascending=True,
+    )
+    found = Announced(cursor=since.isoformat())
+    for record in ended:
+        key = record.dagster_run.tags.get(starting.PARTITION_TAG)
+        if key is None or not starting.works_on_a_batch(record.dagster_run):
+            continue
+        try:
+            _announce(instance, store.get(key), record, catalog, deliveries, found)
+        except BatchNotFound:
+            continue
+        except (BatchError, ValueError) as error:  # one batch that cannot be read, or a target that is gone
+            found.notes.append(f"{key}: {error}")
+    looked_to = ended[-1].update_timestamp if len(ended) == _MOST_A_TICK else now - _OVERLAP
+    found.cursor = max(since, _in_utc(looked_to)).isoformat()
+    return found
+
+
+def _announce(
+    instance: DagsterInstance,
+    batch: Batch,
+    record: RunRecord,
+    catalog: Catalog,
+    deliveries: Deliveries,
+    found: Announced,
+) -> None:
+    run, at = record.dagster_run, _in_utc(record.update_timestamp)
+    name = "batch.cancelled" if run.status is DagsterRunStatus.CANCELED else "batch.failed"
+    event_id = batch_events.ending_id(batch, run.run_id, name)
+    new = [
+        target
+        for target in deliveries.hearing(name, batch.spec.options)
+        if not deliveries.outbox.holds(event_id, target.name) and not records.is_known(batch, event_id, target.name)
+    ]
+    if new and _is_the_end(instance, batch, run, catalog):
+        make = batch_events.cancelled if name == "batch.cancelled" else batch_events.failed
+        deliveries.announce(make(batch, run.run_id, at), new)
+        found.events.append(f"{batch.key}: {name}")
+
+
+def _is_the_end(instance: DagsterInstance, batch: Batch, run: DagsterRun, catalog: Catalog) -> bool:
+    """Whether the batch stays as this run left it, by the rules of the sweep."""
+    runs = starting.runs_of(instance, batch.key)
+    own = next((place for place, other in enumerate(runs) if other.run_id == run.run_id), None)
+    if own is None or LOCKED_TAG in run.tags or INTERRUPTED_TAG in run.tags:
+        return False
+    if batch.is_published() and batch.work().mode is None:
+        return False  # it is complete, whatever became of a run that was not needed
+    if run.status is DagsterRunStatus.CANCELED:
+        return True
+    if own == 0 and starting.cannot_complete(batch, catalog):
+        return True
+    return starting.is_given_up(runs[own:])
+
+
+def _in_utc(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

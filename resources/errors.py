@@ -13,6 +13,8 @@ BatchError                      what a person can do something about; the messag
     EngineStartFailed           the engine did not come up; carries the last lines of its log
     EngineDown                  the engine went away and stayed away; uncommitted rows are asked again by the next run
   CheckpointError               a chunk or manifest that cannot be what it should be
+  ExportFailed                  a target did not take the results; another run exports what is missing
+  ChildFailed                   work in a process of its own failed, ended or was silent for too long
 """
 
 from collections.abc import Sequence
@@ -87,4 +89,12 @@ class EngineDown(EngineError):
 
 
 class CheckpointError(BatchError):
+    pass
+
+
+class ExportFailed(BatchError):
+    pass
+
+
+class ChildFailed(BatchError):
     pass

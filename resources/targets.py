@@ -6,6 +6,9 @@ shown nowhere.
 
 webhooks:
   ops: {url: https://example.org/hook, secret: "${OPS_SECRET}"}
+exports:
+  lake: {url: s3://bucket/batches, format: parquet}
+  warehouse: {url: "${WAREHOUSE_URL}", table: llm_results}
 """
 
 import difflib
@@ -20,23 +23,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resources.batch_format.options import BatchOptions, UniqueKeyLoader
 from resources.errors import OptionsError, SettingsError
+from resources.exports.targets import ExportTarget
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-
-
-class Target(BaseModel):
-    """What all targets have in common. Unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=NAME_PATTERN)
+_PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
 class Targets(BaseModel):
     """All targets by section and name. A section is a field here; its key in the file is the field's name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    exports: dict[str, ExportTarget] = Field(default_factory=dict)
 
     def names(self, section: str) -> list[str]:
         """The names of a section; none where there is no such section."""
@@ -106,6 +104,8 @@ def _filled(path: Path, where: str, value: Any, environ: Mapping[str, str]) -> A
         return [_filled(path, where, item, environ) for item in value]
     if not isinstance(value, str):
         return value
+    if _PASSWORD_IN_URL.search(_VARIABLE.sub("", value)):
+        raise SettingsError(f"{path}: `{where}` holds a password; put it in a variable and write ${{ITS_NAME}} here.")
 
     def fill(match: re.Match[str]) -> str:
         if not environ.get(match[1]):

@@ -5,23 +5,37 @@ from dagster import Definitions, in_process_executor
 from assets.batch_output import batch_output
 from assets.batch_requests import batch_requests
 from assets.batch_results import batch_results
+from assets.exports import exports
+from assets.handlers import handler_assets
 from resources.batch_store.resource import BatchStoreResource
 from resources.engine.resource import EngineResource
+from resources.exports.resource import ExportsResource
 from resources.settings import settings
+from resources.targets import load_targets
 from vllm_batch_pipelines.jobs import JOBS
 from vllm_batch_pipelines.schedules import SCHEDULES
 from vllm_batch_pipelines.sensors import SENSORS
 
 _settings = settings()
+_targets = load_targets(_settings.targets_file)
 
 defs = Definitions(
-    assets=[batch_requests, batch_results, batch_output],
+    assets=[
+        batch_requests,
+        batch_results,
+        batch_output,
+        *([exports] if _targets.exports else []),
+        *handler_assets(_settings.result_handlers, _settings.handler_timeout),
+    ],
     resources={
         "store": BatchStoreResource(data_root=str(_settings.data_root)),
         "engines": EngineResource(
             models_file=str(_settings.models_file.resolve()),
             runtime_dir=str(_settings.runtime_root),
             log_dir=str(_settings.data_root / "logs" / "engines"),
+        ),
+        "export_targets": ExportsResource(
+            data_root=str(_settings.data_root), targets_file=str(_settings.targets_file.resolve())
         ),
     },
     jobs=JOBS,

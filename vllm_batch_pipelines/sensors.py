@@ -1,6 +1,14 @@
 """Sensors: what starts runs within seconds. All run as soon as the stack is up."""
 
-from dagster import DefaultSensorStatus, SensorDefinition, SensorEvaluationContext, SensorResult, sensor
+from dagster import (
+    AssetSelection,
+    AutomationConditionSensorDefinition,
+    DefaultSensorStatus,
+    SensorDefinition,
+    SensorEvaluationContext,
+    SensorResult,
+    sensor,
+)
 
 from assets.partitions import BATCH_FILES
 from resources.batch_store.inbox import Inbox
@@ -50,4 +58,12 @@ def _result(context: SensorEvaluationContext, found: ToStart) -> SensorResult:
     )
 
 
-SENSORS: list[SensorDefinition] = [inbox, submitted]
+# Dagster's own, which stands for this one where none is declared, would wait to be started by hand.
+automation = AutomationConditionSensorDefinition(
+    "automation",
+    target=AssetSelection.all(),
+    default_status=DefaultSensorStatus.RUNNING,
+    description="Starts what comes after the outputs of a batch: exports, deliveries, handlers.",
+)
+
+SENSORS: list[SensorDefinition] = [inbox, submitted, automation]

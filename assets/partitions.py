@@ -9,7 +9,7 @@ BATCH_FILES = DynamicPartitionsDefinition(name="batch_files")
 GROUP = "batches"
 OWNERS = ["team:llm-batches"]
 
-# For what comes after the outputs: as soon as they are there and hold every line, and again whenever they are made anew.
+# For what comes after the outputs: as soon as they are there and hold every line, and again when they are made anew.
 AFTER_OUTPUT = AutomationCondition.eager() & AutomationCondition.all_deps_blocking_checks_passed()
 
 # A blocking check must be partitioned, or a failed batch is let through as soon as another one passes. Dagster calls

@@ -18,13 +18,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from resources.errors import BatchError, ChildFailed
 from resources.redaction import redact
 
-Tell = Callable[..., None]
-"""`tell(message, within=None)`: say something, JSON, to the caller. `within`: the next word may take so many seconds."""
+Tell = Callable[[Any], None]
+"""Says something (JSON) to the caller."""
 
 _MOST_ERROR_CHARACTERS = 2000
 
@@ -43,7 +44,7 @@ def call_in_child(
             nothing for `silent_seconds`; then it was killed.
     """
     read_end, write_end = os.pipe()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
     with os.fdopen(read_end, "rb", buffering=0) as words:
         try:
             process = subprocess.Popen(
@@ -59,7 +60,7 @@ def call_in_child(
         try:
             request = json.dumps({"function": function, "arguments": arguments}).encode() + b"\n"
             _send(process.stdin, request)
-            for word in _words(words, silent_seconds, process):
+            for word in _words(words, silent_seconds):
                 if "result" in word:
                     return word["result"]
                 if "error" in word:
@@ -80,24 +81,24 @@ def _send(stream: BinaryIO | Any, request: bytes) -> None:
         pass  # it is gone already: the end of its words says so
 
 
-def _words(pipe: Any, silent_seconds: float, process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
+def _words(pipe: Any, silent_seconds: float) -> Iterator[dict[str, Any]]:
     """What the child says, word by word, until it closes the pipe."""
-    held, allowed = b"", silent_seconds
+    held = b""
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while True:
-            deadline = time.monotonic() + allowed
+            deadline = time.monotonic() + silent_seconds
             while not (line := held.partition(b"\n"))[1]:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise ChildFailed(f"nothing was heard of it for {allowed:g} s; its process {process.pid} was ended")
+                    raise ChildFailed(
+                        f"nothing was heard of it for {silent_seconds:g} s; its process {process.pid} was ended"
+                    )
                 block = pipe.read(65536)
                 if not block:
                     return
                 held += block
             held = line[2]
-            word: dict[str, Any] = json.loads(line[0])
-            allowed = word.get("within") or silent_seconds
-            yield word
+            yield json.loads(line[0])
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:
@@ -132,8 +133,8 @@ def main() -> None:
             while data:
                 data = data[os.write(pipe, data) :]
 
-    def tell(message: Any, within: float | None = None) -> None:
-        say({"message": message, "within": within})
+    def tell(message: Any) -> None:
+        say({"message": message})
 
     try:
         module, _, name = request["function"].partition(":")

@@ -1,5 +1,7 @@
 """The columns of an exported table: what Arrow's types are in a database, made and checked."""
 
+from typing import Any
+
 import pyarrow as pa
 from sqlalchemy import (
     BigInteger,
@@ -30,7 +32,7 @@ def table_of(rows: Rows, name: str, schema: str | None, dialect: str) -> Table:
     columns = []
     for field in rows.schema:
         is_key = field.name in rows.keys
-        kind: TypeEngine[object] = _sql_type(field.type)
+        kind: TypeEngine[Any] = _sql_type(field.type)
         if is_key and isinstance(kind, Text) and dialect not in ("postgresql", "sqlite"):
             kind = String(_KEY_CHARACTERS)
         columns.append(
@@ -67,16 +69,16 @@ def _refusal(table: Table, what: str) -> str:
     return f"table `{table.fullname}` {what}; name another table, or rename that one, and a new one is made"
 
 
-def _named(connection: Connection, kind: TypeEngine[object]) -> str:
+def _named(connection: Connection, kind: TypeEngine[Any]) -> str:
     return kind.compile(connection.dialect)
 
 
-def _differ(column: Column[object], there: TypeEngine[object]) -> bool:
+def _differ(column: Column[Any], there: TypeEngine[Any]) -> bool:
     """Other databases name types after their own fashion: only what they can hold is compared."""
     return column.type._type_affinity is not there._type_affinity
 
 
-def _sql_type(kind: pa.DataType) -> TypeEngine[object]:
+def _sql_type(kind: pa.DataType) -> TypeEngine[Any]:
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return Text()
     if pa.types.is_int8(kind) or pa.types.is_int16(kind):

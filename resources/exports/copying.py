@@ -5,11 +5,12 @@ answer on servers before 18. The format: https://www.postgresql.org/docs/current
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from sqlalchemy import Connection, Table, and_, delete
+from sqlalchemy import Column, Connection, MetaData, Table, and_, delete
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.compiler import IdentifierPreparer
 
@@ -27,7 +28,7 @@ _INCOMING = "vllm_batch_incoming"
 def copy_rows(
     connection: Connection, table: Table, rows: Rows, pieces: Iterable[pa.RecordBatch], *, is_empty: bool
 ) -> None:
-    """Have the table hold these rows of their scope. `is_empty`: it holds none of them yet, and nobody else adds any."""
+    """Have the table hold these rows of their scope. `is_empty`: it has none yet, and nobody else adds any."""
     quoting = connection.dialect.identifier_preparer
     columns = ", ".join(quoting.quote(column.name) for column in table.columns)
     if is_empty:
@@ -41,7 +42,7 @@ def copy_rows(
 
 
 def _merge(connection: Connection, table: Table, rows: Rows, quoting: IdentifierPreparer) -> None:
-    incoming = table.to_metadata(type(table.metadata)(), schema=None, name=_INCOMING)
+    incoming = Table(_INCOMING, MetaData(), *[Column(column.name, column.type) for column in table.columns])
     statement = insert(table).from_select([column.name for column in table.columns], incoming.select())
     updated = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in rows.keys}
     connection.execute(statement.on_conflict_do_update(index_elements=[*rows.keys], set_=updated))
@@ -50,10 +51,11 @@ def _merge(connection: Connection, table: Table, rows: Rows, quoting: Identifier
 
 
 def _copy(connection: Connection, table: str, columns: str, pieces: Iterable[pa.RecordBatch]) -> None:
-    with connection.connection.cursor() as cursor:
+    driver: Any = connection.connection
+    with driver.cursor() as cursor:
         stream = _Stream(encoded(pieces))
         try:
-            cursor.copy_expert(f"COPY {table} ({columns}) FROM STDIN (FORMAT binary)", stream, _BLOCK)  # type: ignore[attr-defined]
+            cursor.copy_expert(f"COPY {table} ({columns}) FROM STDIN (FORMAT binary)", stream, _BLOCK)
         except Exception:
             if stream.failure is not None:  # psycopg2 makes a text of it
                 raise stream.failure from None
@@ -113,7 +115,7 @@ def _field(column: pa.Array) -> list[pa.Array]:
 
 
 def _numbers(column: pa.Array) -> pa.Array:
-    kind = _NUMBERS.get(column.type)
+    kind: np.dtype[Any] | None = _NUMBERS.get(column.type)
     if kind is None:  # a timestamp: of microseconds in UTC, as `columns.py` has it
         kind, column = np.dtype(">i8"), column.cast(pa.int64())
         column = pc.subtract(column, _EPOCH_MICROSECONDS)
@@ -133,7 +135,7 @@ def _fixed(values: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), count, buffers)
 
 
-_NUMBERS = {
+_NUMBERS: dict[pa.DataType, np.dtype[Any]] = {
     pa.int8(): np.dtype(">i2"),
     pa.int16(): np.dtype(">i2"),
     pa.int32(): np.dtype(">i4"),

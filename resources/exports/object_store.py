@@ -1,16 +1,17 @@
 """Published files in an object store: `<prefix>/<key>/<revision>/`, complete where its manifest is.
 
 Objects appear whole or not at all, the manifest is written last, and the files of a revision never change. So what is
-there with the right size is not sent again, and a folder without a manifest is one that nobody should read yet.
+there with the right size is not sent again, what a manifest lists is complete, and a folder without one is not.
 
-Through pyarrow's file systems: no further packages, and fsspec's put over them ends a broken upload by closing it,
-which makes an object of the part that was sent. `copy_files` is one call into C++ that no exception of ours can part.
+Through pyarrow's file systems: they speak to both kinds of store without further packages.
 """
 
+import io
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
@@ -27,8 +28,11 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _ATTEMPTS = 4
 _CONNECT_SECONDS = 20
-_SLOWEST_BYTES_A_SECOND = 250_000
-"""A file may take as long as this asks for, and the timeout on top of it: an upload tells nothing on its way."""
+_BLOCK = 1024 * 1024
+
+_abandoned: list[Any] = []
+"""Uploads that broke off. pyarrow has no way to give one up: closing a stream makes an object of what was sent, and so
+does the garbage collector. Kept open here they end with the process, and the store has no object."""
 
 
 def export_files(target: ObjectStoreTarget, published: Published, tell: Tell) -> Written:
@@ -56,18 +60,33 @@ def _export(target: ObjectStoreTarget, published: Published, tell: Tell, where: 
     missing = [entry for entry in manifest["files"] if there.get(entry["name"]) != entry["size"]]
     is_told = MANIFEST in there and _read(store, f"{folder}/{MANIFEST}") == manifest
     if missing or not is_told:
-        if MANIFEST in there:
-            store.delete_file(f"{folder}/{MANIFEST}")  # not complete until it is written again
         for number, entry in enumerate(missing, start=1):
-            name, size = entry["name"], entry["size"]
-            message = f"{where}{name}: {size:,} bytes, file {number} of {len(missing)}"
-            tell(message, within=target.timeout + size / _SLOWEST_BYTES_A_SECOND)
-            fs.copy_files(str(files[name]), f"{folder}/{name}", fs.LocalFileSystem(), store)
-        tell(f"{where}{MANIFEST}")
-        with store.open_output_stream(f"{folder}/{MANIFEST}") as stream:
-            stream.write(json.dumps(manifest, indent=1).encode())
+            name = entry["name"]
+            with files[name].open("rb") as source:
+                what = f"{where}{name}, file {number} of {len(missing)}"
+                _upload(store, f"{folder}/{name}", source, lambda done, what=what: tell(f"{what}: {done:,} bytes"))
+        there = _sizes(store, folder)
+        for entry in manifest["files"]:
+            if there.get(entry["name"]) != entry["size"]:
+                raise ExportFailed(f"{where}{entry['name']} was sent, and is not there")
+        _upload(store, f"{folder}/{MANIFEST}", io.BytesIO(json.dumps(manifest, indent=1).encode()), lambda _: None)
     changed = bool(missing) or not is_told
     return Written(where, published.count, _rows_there(store, folder, manifest), changed)
+
+
+def _upload(store: fs.FileSystem, path: str, source: BinaryIO, step: Callable[[int], None]) -> None:
+    """Make an object of all that the source holds, or none."""
+    stream = store.open_output_stream(path)
+    done = 0
+    try:
+        while block := source.read(_BLOCK):
+            stream.write(block)
+            done += len(block)
+            step(done)
+        stream.close()
+    except BaseException:
+        _abandoned.append(stream)
+        raise
 
 
 def _open(target: ObjectStoreTarget) -> fs.FileSystem:
@@ -120,7 +139,7 @@ def _read(store: fs.FileSystem, path: str) -> Any:
 
 
 def _rows_there(store: fs.FileSystem, folder: str, manifest: dict[str, Any]) -> int:
-    """How many rows the store has, asked of it: all files in their size, and the rows that the Parquet files tell of."""
+    """How many rows the store has, asked of it: all files in their size, and what the Parquet files say."""
     sizes = _sizes(store, folder)
     if _read(store, f"{folder}/{MANIFEST}") != manifest:
         return 0

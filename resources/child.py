@@ -28,6 +28,8 @@ Tell = Callable[[Any], None]
 """Says something (JSON) to the caller."""
 
 _MOST_ERROR_CHARACTERS = 2000
+_START_SECONDS = 120
+"""For Python and the imports, before the function is called."""
 
 
 def call_in_child(
@@ -65,7 +67,8 @@ def call_in_child(
                     return word["result"]
                 if "error" in word:
                     raise ChildFailed(word["error"])
-                hear(word["message"])
+                if "message" in word:
+                    hear(word["message"])
             raise ChildFailed(f"its process ended without a result ({_ending(process)})")
         finally:
             _kill_group(process)
@@ -83,21 +86,19 @@ def _send(stream: BinaryIO | Any, request: bytes) -> None:
 
 def _words(pipe: Any, silent_seconds: float) -> Iterator[dict[str, Any]]:
     """What the child says, word by word, until it closes the pipe."""
-    held = b""
+    held, allowed = b"", max(silent_seconds, _START_SECONDS)
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while True:
-            deadline = time.monotonic() + silent_seconds
+            deadline = time.monotonic() + allowed
             while not (line := held.partition(b"\n"))[1]:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise ChildFailed(
-                        f"nothing was heard of it for {silent_seconds:g} s; its process {process.pid} was ended"
-                    )
+                    raise ChildFailed(f"nothing was heard of it for {allowed:g} s; its process was ended")
                 block = pipe.read(65536)
                 if not block:
                     return
                 held += block
-            held = line[2]
+            held, allowed = line[2], silent_seconds
             yield json.loads(line[0])
 
 
@@ -138,8 +139,9 @@ def main() -> None:
 
     try:
         module, _, name = request["function"].partition(":")
-        result = getattr(importlib.import_module(module), name)(tell, **request["arguments"])
-        word = {"result": result}
+        called = getattr(importlib.import_module(module), name)
+        say({"started": True})
+        word = {"result": called(tell, **request["arguments"])}
     except BatchError as error:
         word = {"error": redact(str(error))}
     except BaseException as error:

@@ -1,67 +1,24 @@
 """Work in a process of its own: its result, its failure, and its end when it is silent or we are gone."""
 
-import os
 import signal
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from resources.child import Tell, call_in_child
-from resources.errors import BatchError, ChildFailed
+from resources.child import call_in_child
+from resources.errors import ChildFailed
 from tests.helpers import python, wait_until
 
 pytestmark = pytest.mark.e2e
 
-HERE = "tests.resources.test_child"
-
-
-# What runs in the child.
-
-
-def double(tell: Tell, number: int) -> int:
-    tell("begun")
-    print("a print is no word of the protocol")
-    return 2 * number
-
-
-def refuse(tell: Tell) -> None:
-    raise BatchError("no: postgresql://me:pass1@host/db is closed")
-
-
-def stumble(tell: Tell) -> None:
-    raise ValueError("boom")
-
-
-def crash(tell: Tell) -> None:
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def leave(tell: Tell) -> None:
-    sys.exit(3)
-
-
-def hang(tell: Tell, note: str) -> None:
-    """With a process of its own that hangs too."""
-    grandchild = python("-c", "import time; time.sleep(600)")
-    Path(note).write_text(f"{os.getpid()} {grandchild.pid}")
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(600)
-
-
-def murmur(tell: Tell) -> str:
-    for number in range(4):
-        tell(number)
-        time.sleep(0.8)
-    return "done"
+FUNCTIONS = "tests.resources.child_functions"
 
 
 def call(name: str, seconds: float = 30, heard: list[Any] | None = None, **arguments: Any) -> Any:
     hear = (lambda _: None) if heard is None else heard.append
-    return call_in_child(f"{HERE}:{name}", arguments, silent_seconds=seconds, hear=hear)
+    return call_in_child(f"{FUNCTIONS}:{name}", arguments, silent_seconds=seconds, hear=hear)
 
 
 def test_result_and_words_come_back() -> None:
@@ -92,8 +49,8 @@ def _gone(pids: list[int]) -> bool:
 
 def test_one_that_says_nothing_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     note = tmp_path / "pids"
-    with pytest.raises(ChildFailed, match="nothing was heard of it for 4 s"):
-        call("hang", seconds=4, note=str(note))
+    with pytest.raises(ChildFailed, match="nothing was heard of it for 3 s"):
+        call("hang", seconds=3, note=str(note))
     pids = [int(pid) for pid in note.read_text().split()]
     wait_until(lambda: _gone(pids))
 
@@ -104,7 +61,7 @@ def test_one_that_speaks_now_and_then_may_take_its_time() -> None:
 
 def test_nothing_goes_on_when_the_caller_is_killed(tmp_path: Path) -> None:
     note = tmp_path / "pids"
-    code = f"from {HERE} import call; call('hang', seconds=600, note={str(note)!r})"
+    code = f"from tests.resources.test_child import call; call('hang', seconds=600, note={str(note)!r})"
     with python("-c", code) as caller:
         pids = [int(pid) for pid in wait_until(lambda: note.exists() and note.read_text(), 30).split()]
         caller.send_signal(signal.SIGKILL)

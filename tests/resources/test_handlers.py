@@ -22,7 +22,7 @@ def test_a_handler_stands_after_those_that_it_names() -> None:
     [
         (
             paths("First", "Second"),
-            "handlers wait for one another: (First after Second after First|Second after First)",
+            "handlers wait for one another: (First after Second after First|Second after)",
         ),
         (paths("Report"), "Report is to come after 'Plain'; handlers are: Report"),
         (paths("Strange"), "own_handlers:Strange has no method `enabled`"),

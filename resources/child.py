@@ -28,6 +28,7 @@ Tell = Callable[[Any], None]
 """Says something (JSON) to the caller."""
 
 _MOST_ERROR_CHARACTERS = 2000
+_END_SECONDS = 5
 _START_SECONDS = 120
 """For Python and the imports, before the function is called."""
 
@@ -103,11 +104,14 @@ def _words(pipe: Any, silent_seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:
-    try:
-        code = process.wait(5)
-    except subprocess.TimeoutExpired:
-        return "it closed its pipe"
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    """How it ended. It is not waited for yet: its number stays its own until its group is killed."""
+    deadline = time.monotonic() + _END_SECONDS
+    while (found := os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)) is None:
+        if time.monotonic() > deadline:
+            return "it closed its pipe"
+        time.sleep(0.02)
+    is_signal = found.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+    return f"signal {signal.Signals(found.si_status).name}" if is_signal else f"exit status {found.si_status}"
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

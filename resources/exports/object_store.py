@@ -106,6 +106,7 @@ def _open(target: ObjectStoreTarget) -> fs.FileSystem:
         endpoint_override=endpoint,
         connect_timeout=min(_CONNECT_SECONDS, target.timeout),
         request_timeout=target.timeout / 2,
+        background_writes=False,  # they would hold in memory all that a slow line has not taken yet
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
     )
 

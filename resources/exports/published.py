@@ -16,7 +16,8 @@ from resources.chunk_store.schema import RESULTS
 from resources.errors import BatchError
 from resources.exports.rows import REVISION, Rows
 
-ROWS_A_READ = 1024
+_PIECE_BYTES = 8 * 1024 * 1024
+_MOST_PIECE_ROWS = 8192
 _BLOCK = 1024 * 1024
 
 BATCH = "batch"
@@ -79,10 +80,16 @@ class Published:
     def _read(self) -> Iterator[pa.RecordBatch]:
         for part in self.parts():
             with pq.ParquetFile(part) as file:
-                for found in file.iter_batches(ROWS_A_READ):
+                for found in file.iter_batches(_rows_a_piece(file.metadata)):
                     key = pa.repeat(self.key, len(found))
                     revision = pa.repeat(pa.scalar(self.number, pa.int64()), len(found))
                     yield pa.RecordBatch.from_arrays([key, *found.columns, revision], schema=EXPORTED)
+
+
+def _rows_a_piece(metadata: pq.FileMetaData) -> int:
+    """As many as make a piece of some megabytes, so that memory does not grow with the length of the answers."""
+    size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    return max(1, min(_MOST_PIECE_ROWS, _PIECE_BYTES * metadata.num_rows // max(size, 1)))
 
 
 def sha256_of(path: Path) -> str:

@@ -30,7 +30,6 @@ from resources.redaction import redact
 
 _CONNECT_SECONDS = 20
 _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-_LOCK_SECONDS = 60
 _SECRET_PARAMETERS = ("password", "sslpassword", "passwd")
 
 
@@ -45,9 +44,10 @@ def export_rows(target: SqlTarget, rows: Rows, tell: Tell) -> Written:
     with _errors_for_people(where, url):
         engine = _engine(url)
         table = table_of(rows, target.table, target.table_schema, engine.dialect.name)
-        with _transaction(engine, f"table {table.fullname}") as connection:
+        with _transaction(engine, target, f"table {table.fullname}") as connection:
             make_and_check(connection, table)
-        with _transaction(engine, f"table {table.fullname} {sorted(rows.scope.items())}") as connection:
+        what = f"table {table.fullname} {sorted(rows.scope.items())}"
+        with _transaction(engine, target, what) as connection:
             changed = _write(connection, table, rows, tell)
         with engine.connect() as connection:
             there = _revisions(connection, table, rows).get(rows.revision, 0)
@@ -113,11 +113,11 @@ def _engine(url: URL) -> Engine:
 
 
 @contextmanager
-def _transaction(engine: Engine, what: str) -> Iterator[Connection]:
+def _transaction(engine: Engine, target: SqlTarget, what: str) -> Iterator[Connection]:
     """One at a time over the same thing, where the database can say so."""
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
-            connection.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'"))
+            connection.execute(text(f"SET LOCAL lock_timeout = {int(target.timeout * 1000)}"))
             connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:what, 0))"), {"what": what})
         yield connection
 

@@ -15,7 +15,10 @@ def up(
     port: Annotated[
         int | None, typer.Option(help="Port of the web UI on 127.0.0.1; 0 takes a free one. Default: VLLM_BATCH_PORT.")
     ] = None,
-    workspace: Annotated[Path | None, typer.Option(hidden=True, exists=True, dir_okay=False)] = None,
+    workspace: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Another workspace file, with code locations of yours."),
+    ] = None,
 ) -> None:
     """Start PostgreSQL (or use yours), the web UI and the daemon, and keep them running until Ctrl-C.
 

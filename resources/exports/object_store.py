@@ -8,7 +8,6 @@ Through pyarrow's file systems: they speak to both kinds of store without furthe
 
 import io
 import json
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,18 +62,18 @@ def _export(target: ObjectStoreTarget, published: Published, tell: Tell, where: 
         for number, entry in enumerate(missing, start=1):
             name = entry["name"]
             with files[name].open("rb") as source:
-                what = f"{where}{name}, file {number} of {len(missing)}"
-                _upload(store, f"{folder}/{name}", source, lambda done, what=what: tell(f"{what}: {done:,} bytes"))
+                tell(f"{where}{name}: file {number} of {len(missing)}, {entry['size']:,} bytes")
+                _upload(store, f"{folder}/{name}", source, tell)
         there = _sizes(store, folder)
         for entry in manifest["files"]:
             if there.get(entry["name"]) != entry["size"]:
                 raise ExportFailed(f"{where}{entry['name']} was sent, and is not there")
-        _upload(store, f"{folder}/{MANIFEST}", io.BytesIO(json.dumps(manifest, indent=1).encode()), lambda _: None)
+        _upload(store, f"{folder}/{MANIFEST}", io.BytesIO(json.dumps(manifest, indent=1).encode()), tell)
     changed = bool(missing) or not is_told
     return Written(where, published.count, _rows_there(store, folder, manifest), changed)
 
 
-def _upload(store: fs.FileSystem, path: str, source: BinaryIO, step: Callable[[int], None]) -> None:
+def _upload(store: fs.FileSystem, path: str, source: BinaryIO, tell: Tell) -> None:
     """Make an object of all that the source holds, or none."""
     stream = store.open_output_stream(path)
     done = 0
@@ -82,7 +81,7 @@ def _upload(store: fs.FileSystem, path: str, source: BinaryIO, step: Callable[[i
         while block := source.read(_BLOCK):
             stream.write(block)
             done += len(block)
-            step(done)
+            tell(f"{path}: {done:,} bytes sent")
         stream.close()
     except BaseException:
         _abandoned.append(stream)

@@ -89,7 +89,8 @@ class Published:
 def _rows_a_piece(metadata: pq.FileMetaData) -> int:
     """As many as make a piece of some megabytes, so that memory does not grow with the length of the answers."""
     size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-    return max(1, min(_MOST_PIECE_ROWS, _PIECE_BYTES * metadata.num_rows // max(size, 1)))
+    fitting = int(_PIECE_BYTES * metadata.num_rows // max(size, 1))
+    return max(1, min(_MOST_PIECE_ROWS, fitting))
 
 
 def sha256_of(path: Path) -> str:

@@ -17,7 +17,7 @@ def up(
     ] = None,
     workspace: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Another workspace file, with code locations of yours."),
+        typer.Option(exists=True, dir_okay=False, help="A workspace file of your own, with further locations."),
     ] = None,
 ) -> None:
     """Start PostgreSQL (or use yours), the web UI and the daemon, and keep them running until Ctrl-C.

@@ -4,7 +4,8 @@ Binary, since text would have every answer searched for what it must escape, and
 answer on servers before 18. The format: https://www.postgresql.org/docs/current/sql-copy.html (Binary Format).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from sqlalchemy import Column, Connection, MetaData, Table, and_, delete
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.compiler import IdentifierPreparer
 
+from resources.ahead import one_ahead
 from resources.exports.rows import REVISION, Rows
 
 _SIGNATURE = b"PGCOPY\n\xff\r\n\0" + bytes(8)
@@ -52,8 +54,9 @@ def _merge(connection: Connection, table: Table, rows: Rows, quoting: Identifier
 
 def _copy(connection: Connection, table: str, columns: str, pieces: Iterable[pa.RecordBatch]) -> None:
     driver: Any = connection.connection
-    with driver.cursor() as cursor:
-        stream = _Stream(encoded(pieces))
+    # The next piece is made while the server takes this one.
+    with driver.cursor() as cursor, closing(one_ahead(encoded(pieces))) as made:
+        stream = _Stream(made)
         try:
             cursor.copy_expert(f"COPY {table} ({columns}) FROM STDIN (FORMAT binary)", stream, _BLOCK)
         except Exception:
@@ -84,7 +87,7 @@ class _Stream:
         return bytes(found)
 
 
-def encoded(pieces: Iterable[pa.RecordBatch]) -> Iterator[memoryview | bytes]:
+def encoded(pieces: Iterable[pa.RecordBatch]) -> Generator[memoryview | bytes, None, None]:
     """The stream that COPY reads."""
     yield _SIGNATURE
     for piece in pieces:

@@ -9,9 +9,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from dagster import AssetKey, DagsterInstance
+from dagster import AssetKey
 
-from tests.helpers import PARTITIONS, ROOT, World, chat, new_world, wait_until
+from tests.helpers import PARTITIONS, ROOT, World, chat, new_instance, new_world, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -20,8 +20,9 @@ WORKSPACE = str(EXAMPLE / "workspace.yaml")
 
 
 @pytest.fixture
-def world(tmp_path: Path, instance: DagsterInstance) -> Iterator[World]:
-    with new_world(tmp_path, instance) as made:
+def world(tmp_path: Path) -> Iterator[World]:
+    """With an instance of its own: in that of other tests the daemon would run what theirs have left to do."""
+    with new_instance() as instance, new_world(tmp_path, instance) as made:
         yield made
 
 

@@ -99,6 +99,25 @@ def all_of(*callbacks: ProgressCallback) -> ProgressCallback:
     return tell
 
 
+def said_at_intervals(
+    context: AssetExecutionContext, clock: Callable[[], float] = time.monotonic
+) -> Callable[[str], None]:
+    """Says in the log what it is given, at most every 15 seconds of the clock."""
+    last = clock()
+
+    def say(text: str) -> None:
+        nonlocal last
+        if clock() - last < PROGRESS_SECONDS:
+            return
+        last = clock()
+        try:
+            context.log.info(text)
+        except Exception as error:  # as above
+            log.warning("progress could not be recorded: %s", error)
+
+    return say
+
+
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> TableMetadataValue:
     """A small table for the UI; long texts are cut short."""
     records = [TableRecord({name: _cell(row.get(name)) for name in columns}) for row in rows]

@@ -16,6 +16,8 @@ BatchError                      what a person can do something about; the messag
   CheckpointError               a chunk or spec that cannot be what it should be
     ChunkDamaged                one chunk is not as it was written; the next run sets it aside and asks its lines again
   StorageError                  the disk refused: full, read-only, no right to write
+  ExportFailed                  a target did not take the results; another run exports what is missing
+  ChildFailed                   work in a process of its own failed, ended or was silent for too long
 """
 
 from collections.abc import Sequence
@@ -102,4 +104,12 @@ class ChunkDamaged(CheckpointError):
 
 
 class StorageError(BatchError):
+    pass
+
+
+class ExportFailed(BatchError):
+    pass
+
+
+class ChildFailed(BatchError):
     pass

@@ -39,6 +39,10 @@ class Settings(BaseSettings):
     enable_webhooks: bool | None = Field(
         None, description="Whether events are sent. Default: where a webhook is defined."
     )
+    result_handlers: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Classes that get the results of each batch, `module:Class`, separated by commas."
+    )
+    handler_timeout: float = Field(3600, gt=0, description="Seconds that a handler may take for a batch.")
     poll_seconds: int = Field(5, ge=1, le=3600, description="How often the inbox is looked at, in seconds.")
     night_cron: str = Field("0 22 * * *", description="When the schedule inbox_at_night takes the inbox (cron).")
     port: int = Field(3000, ge=0, le=65535, description="Port of the web UI on 127.0.0.1; 0 takes a free one.")
@@ -64,6 +68,12 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
+
+    @field_validator("result_handlers", mode="before")
+    @classmethod
+    def _split_handlers(cls, value: object) -> object:
+        parts = value.split(",") if isinstance(value, str) else None
+        return value if parts is None else tuple(part.strip() for part in parts if part.strip())
 
     @property
     def data_root(self) -> Path:

@@ -1,4 +1,4 @@
-"""What every target of `targets.yaml` has, whatever its section."""
+"""What the targets of every section have in common. Here, and not in `targets.py`, which knows all the sections."""
 
 from pydantic import BaseModel, ConfigDict, Field
 

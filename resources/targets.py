@@ -6,6 +6,9 @@ shown nowhere.
 
 webhooks:
   ops: {url: https://example.org/hook, secret: "${OPS_SECRET}"}
+exports:
+  lake: {url: s3://bucket/batches, format: parquet}
+  warehouse: {url: "${WAREHOUSE_URL}", table: llm_results}
 
 The settings VLLM_BATCH_WEBHOOK_URL and VLLM_BATCH_WEBHOOK_SECRET define one more webhook, `default`, that hears of
 every batch.
@@ -23,10 +26,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resources.batch_format.options import BatchOptions, UniqueKeyLoader
 from resources.errors import OptionsError, SettingsError
+from resources.exports.targets import ExportTarget
 from resources.settings import Settings
 from resources.webhooks.target import WebhookTarget
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 
 class Targets(BaseModel):
@@ -35,6 +40,7 @@ class Targets(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     webhooks: dict[str, WebhookTarget] = Field(default_factory=dict)
+    exports: dict[str, ExportTarget] = Field(default_factory=dict)
 
     def names(self, section: str) -> list[str]:
         """The names of a section; none where there is no such section."""
@@ -119,14 +125,17 @@ def all_targets(settings: Settings) -> Targets:
 
 
 def webhooks_enabled(settings: Settings) -> bool:
-    """Whether events are sent: as the settings say, or else where a webhook is defined.
+    """Whether events are sent: as the settings say, or else where a webhook is defined."""
+    return has_targets(settings, "webhooks") if settings.enable_webhooks is None else settings.enable_webhooks
+
+
+def has_targets(settings: Settings, section: str) -> bool:
+    """Whether a section defines anything.
 
     Targets that cannot be read count as some: who uses them says what is wrong, and a batch runs on without.
     """
-    if settings.enable_webhooks is not None:
-        return settings.enable_webhooks
     try:
-        return bool(all_targets(settings).webhooks)
+        return bool(all_targets(settings).names(section))
     except SettingsError:
         return True
 
@@ -147,6 +156,8 @@ def _filled(path: Path, where: str, value: Any, environ: Mapping[str, str]) -> A
         return [_filled(path, where, item, environ) for item in value]
     if not isinstance(value, str):
         return value
+    if _PASSWORD_IN_URL.search(_VARIABLE.sub("", value)):
+        raise SettingsError(f"{path}: `{where}` holds a password; put it in a variable and write ${{ITS_NAME}} here.")
 
     def fill(match: re.Match[str]) -> str:
         if not environ.get(match[1]):

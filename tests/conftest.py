@@ -1,37 +1,20 @@
 """The world of a test: a data root of its own, and one real Dagster instance on a real PostgreSQL for all of them."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from dagster import DagsterInstance
 
-from resources.postgres import EmbeddedPostgres
-from tests.helpers import ROOT, World, new_world
+from tests.helpers import World, new_instance, new_world
 
 
 @pytest.fixture(scope="session")
 def instance() -> Iterator[DagsterInstance]:
-    """Dagster as `vllm-batch up` sets it up: the root's dagster.yaml over an embedded PostgreSQL.
-
-    Shared: a test sees the runs and partitions of others, and nothing of their files. Not below pytest's own folder,
-    which every other pytest of root closes again to the user that PostgreSQL runs as.
-    """
-    with tempfile.TemporaryDirectory(prefix="vb-") as made, pytest.MonkeyPatch.context() as environment:
-        home = Path(made)
-        shutil.copyfile(ROOT / "dagster.yaml", home / "dagster.yaml")
-        with EmbeddedPostgres(home / "data", home / "runtime") as server:
-            environment.setenv("DAGSTER_HOME", str(home))
-            environment.setenv("DAGSTER_POSTGRES_URL", server.url)
-            loaded = DagsterInstance.get()
-            environment.undo()
-            with loaded:
-                yield loaded
-        if server.socket_dir.exists():
-            shutil.rmtree(server.socket_dir)
+    """Shared: a test sees the runs and partitions of others, and nothing of their files."""
+    with new_instance() as made:
+        yield made
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog, EngineKind, ModelEntry, load_catalog
 from resources.engine.factory import EngineStarter
 from resources.engine.protocol import EngineRequest, EngineResponse, RunningEngine
+from resources.postgres import EmbeddedPostgres
 from resources.settings import Settings, load_settings, settings
 
 T = TypeVar("T")
@@ -147,6 +149,26 @@ class World:
         return self.job(job).execute_in_process(
             instance=self.instance, partition_key=key, run_config=config, raise_on_error=False, **options
         )
+
+
+@contextmanager
+def new_instance() -> Iterator[DagsterInstance]:
+    """Dagster as `vllm-batch up` sets it up: the root's dagster.yaml over an embedded PostgreSQL.
+
+    Not below pytest's own folder, which every other pytest of root closes again to the user that PostgreSQL runs as.
+    """
+    with tempfile.TemporaryDirectory(prefix="vb-") as made, pytest.MonkeyPatch.context() as environment:
+        home = Path(made)
+        shutil.copyfile(ROOT / "dagster.yaml", home / "dagster.yaml")
+        with EmbeddedPostgres(home / "data", home / "runtime") as server:
+            environment.setenv("DAGSTER_HOME", str(home))
+            environment.setenv("DAGSTER_POSTGRES_URL", server.url)
+            loaded = DagsterInstance.get()
+            environment.undo()
+            with loaded:
+                yield loaded
+        if server.socket_dir.exists():
+            shutil.rmtree(server.socket_dir)
 
 
 @contextmanager

@@ -93,12 +93,13 @@ def _about_to_deliver(context: SensorEvaluationContext) -> bool:
     return context.instance.get_runs_count(RunsFilter(job_name=deliver_webhooks.name, statuses=statuses)) > 0
 
 
+# Dagster's own, which stands for this one where none is declared, would wait to be started by hand.
 automation = AutomationConditionSensorDefinition(
     "automation",
     target=AssetSelection.all(),
     default_status=DefaultSensorStatus.RUNNING,
-    description="Materializes what hangs on a batch's outputs once they are there.",
+    description="Starts what comes after the outputs of a batch: webhooks, exports, handlers.",
 )
 
-SENSORS: list[SensorDefinition] = [inbox, submitted]
-WEBHOOK_SENSORS: list[SensorDefinition] = [announcements, automation]
+SENSORS: list[SensorDefinition] = [inbox, submitted, automation]
+WEBHOOK_SENSORS: list[SensorDefinition] = [announcements]

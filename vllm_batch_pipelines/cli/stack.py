@@ -19,7 +19,10 @@ def up(
     enable_webhooks: Annotated[
         bool, typer.Option("--enable-webhooks", help="Send events; an error where no webhook is defined.")
     ] = False,
-    workspace: Annotated[Path | None, typer.Option(hidden=True, exists=True, dir_okay=False)] = None,
+    workspace: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A workspace file of your own, with further locations."),
+    ] = None,
 ) -> None:
     """Start PostgreSQL (or use yours), the web UI and the daemon, and keep them running until Ctrl-C.
 

@@ -13,6 +13,10 @@ BatchError                      what a person can do something about; the messag
     EngineStartFailed           the engine did not come up; carries the last lines of its log
     EngineDown                  the engine went away and stayed away; uncommitted rows are asked again by the next run
   CheckpointError               a chunk or manifest that cannot be what it should be
+  CurationError                 reviewing in Label Studio, gold stars and their datasets
+    LabelStudioRefused          the server understood and said no: a token, a permission, a value; carries the status
+    LabelStudioDown             not reached, or in trouble, for all the tries; what was done is kept and found again
+      ReplyLost                 a request that must not be repeated blindly was sent, and how it ended is not known
 """
 
 from collections.abc import Sequence
@@ -87,4 +91,22 @@ class EngineDown(EngineError):
 
 
 class CheckpointError(BatchError):
+    pass
+
+
+class CurationError(BatchError):
+    pass
+
+
+class LabelStudioRefused(CurationError):
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class LabelStudioDown(CurationError):
+    pass
+
+
+class ReplyLost(LabelStudioDown):
     pass

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from resources.batch_format.options import BatchOptions, UniqueKeyLoader
 from resources.errors import OptionsError, SettingsError
@@ -33,10 +33,26 @@ class Target(BaseModel):
     name: str = Field(pattern=NAME_PATTERN)
 
 
+class ReviewTarget(Target):
+    """A Label Studio project in which people review results. What is left out is taken from the settings."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    curation_schema: str = Field(
+        "generic", alias="schema", min_length=1, description="A schema that is shipped, or the path of a YAML file."
+    )
+    project: str | None = Field(None, min_length=1, max_length=50, description="The project's title; made where none.")
+    url: str | None = Field(None, pattern=r"^https?://[^\s/]", description="Address of the server.")
+    api_key: SecretStr | None = Field(None, description="Personal access token or legacy token.")
+    timeout: float = Field(60, gt=0, le=600, description="Seconds that one request may take.")
+
+
 class Targets(BaseModel):
     """All targets by section and name. A section is a field here; its key in the file is the field's name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label_studio: dict[str, ReviewTarget] = Field(default_factory=dict)
 
     def names(self, section: str) -> list[str]:
         """The names of a section; none where there is no such section."""

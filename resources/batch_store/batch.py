@@ -9,6 +9,7 @@ requests/part-*.parquet     one row a line, valid or not; summary.json beside th
 results/<model>/<fingerprint>/manifest.json chunk-*.parquet       the checkpoint
 results/current.json        which generation of each model readers see
 output -> outputs/<revision>/output.jsonl errors.jsonl results/part-*.parquet summary.json
+label_studio/<target>.jsonl  which lines are tasks in Label Studio
 """
 
 import json
@@ -68,6 +69,11 @@ class Batch:
     @property
     def outputs_dir(self) -> Path:
         return self.root / "outputs"
+
+    @property
+    def review_dir(self) -> Path:
+        """What was imported into Label Studio, a journal a target."""
+        return self.root / "label_studio"
 
     @contextmanager
     def lock(self, owner: str) -> Iterator[None]:

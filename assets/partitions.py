@@ -7,6 +7,7 @@ from dagster import DynamicPartitionsDefinition, PreviewWarning
 BATCH_FILES = DynamicPartitionsDefinition(name="batch_files")
 
 GROUP = "batches"
+REVIEW_GROUP = "reviews"
 OWNERS = ["team:llm-batches"]
 
 # A blocking check must be partitioned, or a failed batch is let through as soon as another one passes. Dagster calls

@@ -5,17 +5,29 @@ from dagster import Definitions, in_process_executor
 from assets.batch_output import batch_output
 from assets.batch_requests import batch_requests
 from assets.batch_results import batch_results
+from assets.gold_stars import gold_star_datasets, gold_stars, label_studio_annotations
+from assets.label_studio import label_studio_tasks
 from resources.batch_store.resource import BatchStoreResource
 from resources.engine.resource import EngineResource
+from resources.label_studio.connection import is_curation_on
+from resources.label_studio.resource import LabelStudioResource
 from resources.settings import settings
+from resources.targets import load_targets
+from vllm_batch_pipelines import curation
 from vllm_batch_pipelines.jobs import JOBS
 from vllm_batch_pipelines.schedules import SCHEDULES
 from vllm_batch_pipelines.sensors import SENSORS
 
 _settings = settings()
+_curation = is_curation_on(_settings, load_targets(_settings.targets_file))
 
 defs = Definitions(
-    assets=[batch_requests, batch_results, batch_output],
+    assets=[
+        batch_requests,
+        batch_results,
+        batch_output,
+        *([label_studio_tasks, label_studio_annotations, gold_stars, *gold_star_datasets] if _curation else []),
+    ],
     resources={
         "store": BatchStoreResource(data_root=str(_settings.data_root)),
         "engines": EngineResource(
@@ -23,10 +35,11 @@ defs = Definitions(
             runtime_dir=str(_settings.runtime_root),
             log_dir=str(_settings.data_root / "logs" / "engines"),
         ),
+        **({"label_studio": LabelStudioResource(data_root=str(_settings.data_root))} if _curation else {}),
     },
-    jobs=JOBS,
-    sensors=SENSORS,
-    schedules=SCHEDULES,
+    jobs=[*JOBS, *(curation.JOBS if _curation else [])],
+    sensors=[*SENSORS, *(curation.SENSORS if _curation else [])],
+    schedules=[*SCHEDULES, *(curation.SCHEDULES if _curation else [])],
     # In this process: the engine is one of its own anyway. Retries live inside the work, so no RetryPolicy anywhere.
     executor=in_process_executor,
 )

@@ -31,8 +31,11 @@ _TIME_FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
 class LabelStudioClient:
     """One server with one token (personal access token or legacy token; the token's form tells which)."""
 
-    def __init__(self, connection: Connection, *, tries: int = TRIES, pause: Pause = time.sleep) -> None:
-        """`pause` waits between tries; nothing is sent before the first call."""
+    def __init__(
+        self, connection: Connection, *, tries: int = TRIES, pause: Pause = time.sleep, timeout: float | None = None
+    ) -> None:
+        """`pause` waits between tries; `timeout` stands over the target's; nothing is sent before the first call."""
+        self._timeout = min(timeout or connection.timeout, connection.timeout)
         self._connection = connection
         self._tries = tries
         self._pause = pause
@@ -271,7 +274,7 @@ class LabelStudioClient:
                 sdk = LabelStudio(  # type: ignore[no-untyped-call]
                     base_url=self._connection.url,
                     api_key=self._connection.api_key.get_secret_value(),
-                    timeout=self._connection.timeout,
+                    timeout=self._timeout,
                     follow_redirects=False,
                 )
             except ApiError as error:  # a token that says itself that it has run out

@@ -141,19 +141,16 @@ class _Fields(dict[str, Any]):
 
 def fields_of(star: AnnotationRow) -> dict[str, Any]:
     """What a template or a list of input and output fields may name."""
-    values = json.loads(star.values)
     return {
+        **json.loads(star.values),
         "prompt": star.prompt,
         "system": star.system,
-        "response": star.original_response,
         "original_response": star.original_response,
         "final_response": star.final_response,
         "custom_id": star.custom_id,
         "model": star.model,
         "batch": star.batch,
         "line": star.line,
-        **values,
-        **({"final_response": star.final_response} if "final_response" in values else {}),
     }
 
 

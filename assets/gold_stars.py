@@ -68,7 +68,8 @@ def label_studio_annotations(
 
     def sync(target: str) -> SyncReport:
         connection = label_studio.connection(target)
-        return sync_reviews(label_studio.client(connection), connection, label_studio.reviews(target), full=config.full)
+        with label_studio.client(connection) as client:
+            return sync_reviews(client, connection, label_studio.reviews(target), full=config.full)
 
     reports = _of_each(context, label_studio, sync)
     for report in reports:

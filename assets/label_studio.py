@@ -55,14 +55,15 @@ def label_studio_tasks(
         if target is None:
             return _not_reviewed()
         connection = label_studio.connection(target)
-        report = import_batch(
-            batch,
-            label_studio.client(connection),
-            connection,
-            label_studio.reviews(target).folder,
-            reimport_deleted=config.reimport_deleted,
-            progress=progress_reporter(context),
-        )
+        with label_studio.client(connection) as client:
+            report = import_batch(
+                batch,
+                client,
+                connection,
+                label_studio.reviews(target).folder,
+                reimport_deleted=config.reimport_deleted,
+                progress=progress_reporter(context),
+            )
     return MaterializeResult(
         metadata={
             "target": target,

@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from resources.label_studio.answers import to_regions
 from resources.label_studio.client import LabelStudioClient
 from resources.label_studio.connection import Connection
 from resources.label_studio.importing import ImportReport, import_batch
-from resources.label_studio.reviews import Reviews, SyncReport, sync_reviews
+from resources.label_studio.reviews import Reviews, SyncReport, has_news, sync_reviews
 from resources.label_studio.schema import CurationSchema, load_schema
 from scripts.label_studio import Server
 from tests.helpers import Asked, Reply, chat, ok
@@ -62,10 +63,10 @@ class Reviewing:
         return made
 
     def load(self, asked: Asked, **options: Any) -> ImportReport:
-        with asked.batch.lock("a test"):
+        with asked.batch.lock("a test"), self.client as client:
             return import_batch(
                 asked.batch,
-                self.client,
+                client,
                 self.connection,
                 self.reviews.folder,
                 pause=options.pop("pause", self.pauses.append),
@@ -73,7 +74,12 @@ class Reviewing:
             )
 
     def sync(self, *, full: bool = False, **options: Any) -> SyncReport:
-        return sync_reviews(self.client, self.connection, self.reviews, full=full, **options)
+        with self.client as client:
+            return sync_reviews(client, self.connection, self.reviews, full=full, **options)
+
+    def news(self) -> datetime | None:
+        with self.client as client:
+            return has_news(client, self.connection, self.reviews)
 
     # What is on the server, asked without our client.
 

@@ -83,8 +83,8 @@ def annotations(context: SensorEvaluationContext) -> SensorResult:
 def _news_of(name: str) -> datetime | None:
     config = settings()
     connection = connection_of(name, config, load_targets(config.targets_file))
-    quick = LabelStudioClient(connection, tries=_TICK_TRIES, timeout=_TICK_TIMEOUT_SECONDS)
-    return has_news(quick, connection, open_reviews(config.data_root, name))
+    with LabelStudioClient(connection, tries=_TICK_TRIES, timeout=_TICK_TIMEOUT_SECONDS) as client:
+        return has_news(client, connection, open_reviews(config.data_root, name))
 
 
 def _is_due(asked: list[object] | None, found: datetime) -> bool:

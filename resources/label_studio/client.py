@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from resources.errors import LabelStudioDown, LabelStudioRefused, ReplyLost
 from resources.label_studio.connection import Connection
@@ -40,6 +40,19 @@ class LabelStudioClient:
         self._tries = tries
         self._pause = pause
         self._transport: Any = None
+        self._http: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. A later call opens them anew."""
+        if self._http is not None:
+            self._http.close()
+        self._http = self._transport = None
 
     # --- Projects
 
@@ -267,15 +280,17 @@ class LabelStudioClient:
         tokens without its models; the SDK's version is pinned to a narrow range.
         """
         if self._transport is None:
+            import httpx
             from label_studio_sdk.client import LabelStudio
             from label_studio_sdk.core.api_error import ApiError
 
+            self._http = httpx.Client(timeout=self._timeout, follow_redirects=False)
             try:
                 sdk = LabelStudio(  # type: ignore[no-untyped-call]
                     base_url=self._connection.url,
                     api_key=self._connection.api_key.get_secret_value(),
                     timeout=self._timeout,
-                    follow_redirects=False,
+                    httpx_client=self._http,
                 )
             except ApiError as error:  # a token that says itself that it has run out
                 status = error.status_code or 401

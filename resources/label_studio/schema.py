@@ -124,6 +124,8 @@ class CurationSchema(_Part):
 
     def response_format(self) -> dict[str, Any]:
         """`response_format` for a request: answers that fit it are what reviewers see filled in."""
+        if not self.answered:
+            return {"type": "text"}
         properties = {question.id: _json_schema(question) for question in self.answered}
         # Strict mode asks for all properties to be required; one that may be left out is one that may be null.
         for question in self.answered:

@@ -186,7 +186,8 @@ def start() -> None:
     with running(_DATA, int(os.environ.get("LABEL_STUDIO_PORT", PORT))) as server:
         token = server.personal_access_token()
         print(
-            f"\nLabel Studio: {server.url}\n  user      {server.account.user}\n  password  {server.account.password}\n\n"
+            f"\nLabel Studio: {server.url}\n"
+            f"  user      {server.account.user}\n  password  {server.account.password}\n\n"
             "Put this into .env and start the stack (`make up`); the project is made with the first batch:\n\n"
             f"VLLM_BATCH_LABEL_STUDIO_URL={server.url}\n"
             f"VLLM_BATCH_LABEL_STUDIO_API_KEY={token}\n"

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 OVERLAP = timedelta(seconds=60)
 """How far behind the cursor is looked again: a change gets its time before the server commits it."""
-_HEAVY_FIELDS = "id,data,meta,annotations"
+_HEAVY_FIELDS = "id,data,meta,annotations,result,completed_by,was_cancelled,ground_truth,created_at,updated_at"
+"""The server picks by these names among the fields of tasks and of their annotations alike."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LIGHT_PAGE = 1000
 _HEAVY_PAGE = 250

@@ -32,6 +32,7 @@ from resources.targets import load_targets
 _SELECTION = AssetSelection.assets(
     "label_studio_annotations", "gold_stars", *(AssetKey(["gold_star_dataset", form]) for form in FORMATS)
 )
+NIGHT_CONFIG = {"ops": {"label_studio_annotations": {"config": {"full": True}}}}
 _INTERVAL_SECONDS = 30
 _ASK_AGAIN_SECONDS = 900
 _TICK_TRIES = 1
@@ -98,7 +99,7 @@ reviews_at_night = ScheduleDefinition(
     name="reviews_at_night",
     job=gold_star_job,
     cron_schedule="30 2 * * *",
-    run_config={"ops": {"label_studio_annotations": {"config": {"full": True}}}},
+    run_config=NIGHT_CONFIG,
     default_status=DefaultScheduleStatus.RUNNING,
     description="Reads all annotations anew, so that deleted tasks are seen too, and writes the datasets.",
 )

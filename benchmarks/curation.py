@@ -1,9 +1,9 @@
-"""The import of 10,000 rows into a real Label Studio, against the bare SDK; and the sensor's look at 10,000 annotations.
+"""The import of 10,000 rows into a real Label Studio against the bare SDK, and the sensor's look at 10,000 annotations.
 
     python -m benchmarks.curation [--rows 10000] [--rounds 2] [--out FILE]
 
-Both imports send the same tasks in pages of 500 to the same server, into projects of their own, in turn. Ours also makes
-the tasks from the batch's files, keeps the journal, and asks the server before and after.
+Both imports send the same tasks in pages of 500 to the same server, into projects of their own, in turn. Ours also
+makes the tasks from the batch's files, keeps the journal, and asks the server before and after.
 """
 
 import json

@@ -14,7 +14,7 @@ _STYLE = """
 .vb-page { max-width: 960px; margin: 0 auto; }
 .vb-source { white-space: pre-wrap; background: #f7f7f9; border-radius: 6px; padding: 8px 12px; margin-bottom: 12px; }
 .vb-question { margin: 14px 0; }
-.vb-hint { color: #666; font-size: 90%; }
+.vb-hint * { color: #666; font-size: 14px !important; font-weight: 400 !important; margin: 2px 0; }
 """
 _REFUSED = {"HyperText", "Html"}
 

@@ -116,14 +116,17 @@ class LabelStudioClient:
                 return
             last = max(int(task["id"]) for task in page)
 
-    def tasks_changed_since(self, project_id: int, since: datetime, limit: int, page: int = 1) -> list[Json]:
+    def tasks_changed_since(
+        self, project_id: int, since: datetime, limit: int, page: int = 1, *, newest_first: bool = False
+    ) -> list[Json]:
         """A page of tasks changed at that moment or after it, the oldest change first: `id`, `updated_at` and counts
         of annotations."""
         changed = task_filter(
             "updated_at", "greater_or_equal", "Datetime", since.astimezone(UTC).strftime(_TIME_FORMAT)
         )
         fields = "id,updated_at,total_annotations,cancelled_annotations"
-        found = self._page(project_id, [changed], "tasks:updated_at", fields, limit, False, page)["tasks"]
+        order = "-tasks:updated_at" if newest_first else "tasks:updated_at"
+        found = self._page(project_id, [changed], order, fields, limit, False, page)["tasks"]
         return [{**task, "updated_at": parse_time(task["updated_at"])} for task in found]
 
     def last_annotated(self, project_id: int) -> datetime | None:

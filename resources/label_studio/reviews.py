@@ -240,7 +240,10 @@ def sync_reviews(
 
 
 def has_news(client: LabelStudioClient, connection: Connection, reviews: Reviews) -> datetime | None:
-    """When something was annotated after the cursor; None where nothing was. Two requests, however much there is."""
+    """When something was annotated after the cursor; None where nothing was. Two requests, however much there is.
+
+    A deletion that was followed by more than a page of other changes is left to the next sync.
+    """
     project = known_project(reviews.folder, connection)
     if project is None:
         return None
@@ -250,7 +253,7 @@ def has_news(client: LabelStudioClient, connection: Connection, reviews: Reviews
         return newest
     # An annotation that was deleted, or cancelled, may leave its task without any: tasks that we know of, then.
     known = {row.task for row in reviews.annotations()}
-    changed = client.tasks_changed_since(project, state.cursor, _LIGHT_PAGE) if known else []
+    changed = client.tasks_changed_since(project, state.cursor, _LIGHT_PAGE, newest_first=True) if known else []
     later = [task["updated_at"] for task in changed if task["updated_at"] > state.cursor and _matters(task, known)]
     return max(later, default=None)
 

@@ -88,8 +88,8 @@ def install() -> None:
         shutil.rmtree(HOME / "venv", ignore_errors=True)
         HOME.mkdir(exist_ok=True)
         subprocess.run([sys.executable, "-m", "venv", HOME / "venv"], check=True)
-        pip = [HOME / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-input", "--no-deps"]
-        subprocess.run([*pip, "--disable-pip-version-check", "-r", REQUIREMENTS], check=True)
+        pip = [str(HOME / "venv" / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-input", "--no-deps"]
+        subprocess.run([*pip, "--disable-pip-version-check", "-r", str(REQUIREMENTS)], check=True)
         shutil.rmtree(_EMPTY, ignore_errors=True)
         stamp.write_text(wanted, "utf-8")
     if not (_EMPTY / "ready").exists():

@@ -278,6 +278,7 @@ def test_a_server_that_is_down_is_tried_and_then_told(reviewing: Reviewing) -> N
 
 _CHILD = """
 import os, signal, sys
+from pathlib import Path
 from pydantic import SecretStr
 from resources.batch_store.store import BatchStore
 from resources.label_studio import importing

@@ -22,10 +22,11 @@ export DAGSTER_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help venv demo-model demo up test test-fast torture check format bench clean
+.PHONY: help venv demo-model demo up label-studio label-studio-venv test test-fast torture check format bench
+.PHONY: bench-curation clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 demo: venv demo-model ## answer examples/demo.jsonl with a real model and show what came out
 	@$(BIN)/python scripts/demo.py
@@ -33,11 +34,17 @@ demo: venv demo-model ## answer examples/demo.jsonl with a real model and show w
 up: venv ## start the stack: web UI, daemon, database (Ctrl-C stops all of it)
 	@exec $(BIN)/vllm-batch up
 
-test: venv demo-model ## all tests, those with a real vLLM included
+label-studio: venv ## start a Label Studio of your own on 127.0.0.1, with a user and a token (Ctrl-C stops it)
+	@exec $(BIN)/python scripts/label_studio.py start
+
+label-studio-venv: venv ## install Label Studio into .label-studio/ (about 4 minutes, once)
+	@$(BIN)/python scripts/label_studio.py install
+
+test: venv demo-model label-studio-venv ## all tests, those with a real vLLM and a real Label Studio included
 	@$(BIN)/pytest
 
 test-fast: venv ## the tests that need no model and no processes of ours: under a minute
-	@$(BIN)/pytest -m "not engine and not e2e"
+	@$(BIN)/pytest -m "not engine and not e2e and not label_studio"
 
 torture: venv ## kill real batch runs 200 times and count what is lost or repeated: minutes (KILLS=, SEED=)
 	@$(BIN)/python -m tests.e2e.torture --kills $(or $(KILLS),200) --seed $(or $(SEED),1)
@@ -55,11 +62,14 @@ format: venv ## put the code in the form that `make check` asks for
 bench: venv demo-model ## measure: against vLLM's own ways, order, commits, overhead (half an hour; BENCH=--quick tries it)
 	@$(BIN)/python -m benchmarks $(BENCH)
 
+bench-curation: label-studio-venv ## measure the import into Label Studio against the bare SDK
+	@$(BIN)/python -m benchmarks.curation
+
 demo-model: venv ## make the demo model in models/
 	@$(BIN)/python scripts/demo_model.py
 
 clean: ## remove the environment, the caches and the demo model; data/ stays
-	rm -rf .venv models/smollm2-135m .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .label-studio/venv .label-studio/installed .label-studio/empty models/smollm2-135m .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -path ./data -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv: $(STAMP) ## install everything into .venv

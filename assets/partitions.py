@@ -7,6 +7,7 @@ from dagster import AutomationCondition, DynamicPartitionsDefinition, PreviewWar
 BATCH_FILES = DynamicPartitionsDefinition(name="batch_files")
 
 GROUP = "batches"
+REVIEW_GROUP = "reviews"
 OWNERS = ["team:llm-batches"]
 
 # For what comes after the outputs: as soon as they are there and hold every line, and again when they are made anew.

@@ -18,6 +18,10 @@ BatchError                      what a person can do something about; the messag
   StorageError                  the disk refused: full, read-only, no right to write
   ExportFailed                  a target did not take the results; another run exports what is missing
   ChildFailed                   work in a process of its own failed, ended or was silent for too long
+  CurationError                 reviewing in Label Studio, gold stars and their datasets
+    LabelStudioRefused          the server understood and said no: a token, a permission, a value; carries the status
+    LabelStudioDown             not reached, or in trouble, for all the tries; what was done is kept and found again
+      ReplyLost                 a request that must not be repeated blindly was sent, and how it ended is not known
 """
 
 from collections.abc import Sequence
@@ -112,4 +116,22 @@ class ExportFailed(BatchError):
 
 
 class ChildFailed(BatchError):
+    pass
+
+
+class CurationError(BatchError):
+    pass
+
+
+class LabelStudioRefused(CurationError):
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class LabelStudioDown(CurationError):
+    pass
+
+
+class ReplyLost(LabelStudioDown):
     pass

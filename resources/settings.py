@@ -50,6 +50,16 @@ class Settings(BaseSettings):
         None,
         description="Sockets, device locks and process state; short path, private. Default: /tmp/vllm-batch-<uid>.",
     )
+    label_studio_url: str | None = Field(
+        None, pattern=r"^https?://[^\s/]", description="Label Studio, where people review results."
+    )
+    label_studio_api_key: SecretStr | None = Field(None, description="Its personal access token, or a legacy token.")
+    label_studio_project: str | None = Field(
+        None, min_length=1, description="Project for batches that name no target. Default: they are not reviewed."
+    )
+    enable_curation: bool | None = Field(
+        None, description="Label Studio import and gold stars. Default: on where a Label Studio is set."
+    )
     dagster_home: Path | None = Field(
         None, validation_alias="DAGSTER_HOME", description="Dagster's home. Default: <data>/dagster."
     )

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from resources.batch_format.options import BatchOptions, UniqueKeyLoader
 from resources.errors import OptionsError, SettingsError
 from resources.exports.targets import ExportTarget
+from resources.label_studio.target import ReviewTarget
 from resources.settings import Settings
 from resources.webhooks.target import WebhookTarget
 
@@ -41,6 +42,7 @@ class Targets(BaseModel):
 
     webhooks: dict[str, WebhookTarget] = Field(default_factory=dict)
     exports: dict[str, ExportTarget] = Field(default_factory=dict)
+    label_studio: dict[str, ReviewTarget] = Field(default_factory=dict)
 
     def names(self, section: str) -> list[str]:
         """The names of a section; none where there is no such section."""

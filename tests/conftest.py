@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from dagster import DagsterInstance
 
+from scripts import label_studio
 from tests.helpers import World, new_instance, new_world
+from tests.reviewing import Reviewing
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +24,22 @@ def world(tmp_path: Path, instance: DagsterInstance) -> Iterator[World]:
     """An empty data root with an inbox and a catalog, and the settings that point there."""
     with new_world(tmp_path, instance) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def label_studio_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[label_studio.Server]:
+    """A real Label Studio with an empty database. Shared: each test has a project of its own."""
+    label_studio.install()
+    folder = tmp_path_factory.mktemp("label-studio") / "data"
+    label_studio.copy_of_empty(folder)
+    with label_studio.running(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def reviewing(tmp_path: Path, label_studio_server: label_studio.Server) -> Reviewing:
+    """A project of the test's own on the real server, reviewed by the schema `generic`."""
+    return Reviewing(label_studio_server, tmp_path)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,20 +6,26 @@ from assets.batch_output import batch_output
 from assets.batch_requests import batch_requests
 from assets.batch_results import batch_results
 from assets.exports import exports
+from assets.gold_stars import gold_star_datasets, gold_stars, label_studio_annotations
 from assets.handlers import handler_assets
+from assets.label_studio import label_studio_tasks
 from assets.webhooks import webhook_deliveries
 from resources.batch_store.resource import BatchStoreResource
 from resources.engine.resource import EngineResource
 from resources.exports.resource import ExportsResource
+from resources.label_studio.connection import is_curation_on
+from resources.label_studio.resource import LabelStudioResource
 from resources.settings import settings
 from resources.targets import has_targets, webhooks_enabled
 from resources.webhooks.resource import WebhooksResource
+from vllm_batch_pipelines import curation
 from vllm_batch_pipelines.jobs import JOBS, WEBHOOK_JOBS
 from vllm_batch_pipelines.schedules import SCHEDULES
 from vllm_batch_pipelines.sensors import SENSORS, WEBHOOK_SENSORS
 
 _settings = settings()
 _webhooks = webhooks_enabled(_settings)
+_curation = is_curation_on(_settings, has_targets(_settings, "label_studio"))
 
 defs = Definitions(
     assets=[
@@ -29,6 +35,7 @@ defs = Definitions(
         *([webhook_deliveries] if _webhooks else []),
         *([exports] if has_targets(_settings, "exports") else []),
         *handler_assets(_settings.result_handlers, _settings.handler_timeout),
+        *([label_studio_tasks, label_studio_annotations, gold_stars, *gold_star_datasets] if _curation else []),
     ],
     resources={
         "store": BatchStoreResource(data_root=str(_settings.data_root)),
@@ -41,10 +48,11 @@ defs = Definitions(
         "export_targets": ExportsResource(
             data_root=str(_settings.data_root), targets_file=str(_settings.targets_file.resolve())
         ),
+        **({"label_studio": LabelStudioResource(data_root=str(_settings.data_root))} if _curation else {}),
     },
-    jobs=[*JOBS, *(WEBHOOK_JOBS if _webhooks else [])],
-    sensors=[*SENSORS, *(WEBHOOK_SENSORS if _webhooks else [])],
-    schedules=SCHEDULES,
+    jobs=[*JOBS, *(WEBHOOK_JOBS if _webhooks else []), *(curation.JOBS if _curation else [])],
+    sensors=[*SENSORS, *(WEBHOOK_SENSORS if _webhooks else []), *(curation.SENSORS if _curation else [])],
+    schedules=[*SCHEDULES, *(curation.SCHEDULES if _curation else [])],
     # In this process: the engine is one of its own anyway. Retries live inside the work, so no RetryPolicy anywhere.
     executor=in_process_executor,
 )

@@ -10,6 +10,7 @@ results/<model>/<fingerprint>/manifest.json chunk-*.parquet       the checkpoint
 results/current.json        which generation of each model readers see
 output -> outputs/<revision>/output.jsonl errors.jsonl results/part-*.parquet summary.json
 webhooks/<event>.<target>.json        what was sent to whom, with every attempt; see resources/webhooks/records.py
+label_studio/<target>.jsonl  which lines are tasks in Label Studio
 """
 
 import json
@@ -78,6 +79,11 @@ class Batch:
     def webhooks_dir(self) -> Path:
         """The record of what was sent to webhooks."""
         return self.root / "webhooks"
+
+    @property
+    def review_dir(self) -> Path:
+        """What was imported into Label Studio, a journal a target."""
+        return self.root / "label_studio"
 
     @contextmanager
     def lock(self, owner: str) -> Iterator[None]:

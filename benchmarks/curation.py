@@ -91,8 +91,8 @@ def sdk_import(server: label_studio.Server, batch: Batch, title: str) -> float:
     """The same tasks through the SDK's own call; making them is not counted."""
     from label_studio_sdk import LabelStudio
 
-    tasks = [make_task(batch, SCHEMA, row, fill_in(SCHEMA, row)) for row in review_rows(batch)]
-    sdk = LabelStudio(base_url=server.url, api_key=server.account.token, timeout=120)
+    tasks: list[Any] = [make_task(batch, SCHEMA, row, fill_in(SCHEMA, row)) for row in review_rows(batch)]
+    sdk: Any = LabelStudio(base_url=server.url, api_key=server.account.token, timeout=120)
     project = sdk.projects.create(title=title, label_config=make_label_config(SCHEMA)).id
     started = time.perf_counter()
     for start in range(0, len(tasks), PAGE_ROWS):

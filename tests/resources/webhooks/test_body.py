@@ -76,7 +76,8 @@ def test_other_endings_say_how_far_it_came_and_why(asked: Asked) -> None:
         "progress": {"done": 3, "failed": 1, "total": 5},
         "error": {"code": "EngineDown", "message": "it is gone"},
     }
-    asked.batch.write_run_record(record)
+    with asked.batch.lock("a test"):
+        asked.batch.write_run_record(record)
     found = payload(failed(asked.batch, "run-1", NOW))
     assert (found["type"], found["timestamp"]) == ("batch.failed", "2026-11-21T10:30:00.123Z")
     assert found["data"]["status"] == "failed"

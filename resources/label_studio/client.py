@@ -289,7 +289,7 @@ class LabelStudioClient:
 
             self._http = httpx.Client(timeout=self._timeout, follow_redirects=False)
             try:
-                sdk = LabelStudio(  # type: ignore[no-untyped-call]
+                sdk = LabelStudio(
                     base_url=self._connection.url,
                     api_key=self._connection.api_key.get_secret_value(),
                     timeout=self._timeout,

@@ -38,6 +38,8 @@ _REPORT_COLUMNS = [
     "completion_tokens",
     "seconds",
     "load_seconds",
+    "warm",
+    "swaps",
     "generation",
 ]
 
@@ -60,7 +62,7 @@ def batch_results(
         report = pipeline.answer(
             batch,
             engines.catalog(),
-            engines.starter(),
+            engines.starter(f"{context.partition_key}, run {context.run.run_id[:8]}"),
             mode=config.mode,
             failed=failures_of(config.failed),
             progress=progress_reporter(context),
@@ -79,6 +81,8 @@ def batch_results(
             "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
             "duration_seconds": round(seconds, 2),
             "load_seconds": round(sum(model.load_seconds for model in report.models), 1),
+            "warm": all(model.warm for model in report.models if model.asked),
+            "swaps": sum(model.swaps for model in report.models),
             "model": ", ".join(model.model for model in report.models),
             "deadline_passed": report.expired,
             "engine_restarts": sum(model.engine_restarts for model in report.models),

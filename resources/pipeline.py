@@ -86,7 +86,8 @@ def answer(
     stop: threading.Event | None = None,
     progress: ProgressCallback = silent,
 ) -> AnswerReport:
-    """Have every valid line answered and committed, model by model. An engine is started only where lines are left.
+    """Have every valid line answered and committed, model by model, those whose server is warm first. An engine is
+    started only where lines are left.
 
     `failed` is what the mode retry_failed asks again.
 
@@ -110,14 +111,17 @@ def answer(
         before = batch.current()
         current: dict[str, dict[str, Any]] = {}
         finished_before = 0
-        for model, total in summary.models.items():
-            entry = model_entry(batch, catalog, model)
-            answering = Answering(batch, entry, summary, total, engines, stop)
+        left = {model: model_entry(batch, catalog, model) for model in summary.models}
+        while left:
+            model, entry = _next_model(left, engines)
+            del left[model]
+            answering = Answering(batch, entry, summary, summary.models[model], engines, stop)
             model_report, committed, complete = answering.run(retry, tell, finished_before)
             report.models.append(model_report)
             report.expired |= not complete
             finished_before += committed.done
             current[model] = _current_entry(before.get(model), model_report, committed.rows)
+        current = {model: current[model] for model in summary.models}
         if current != before:
             batch.results_dir.mkdir(exist_ok=True)
             batch.set_current(current)
@@ -212,6 +216,12 @@ def is_complete(batch: Batch, catalog: Catalog) -> bool:
         return False
     meant = {model: entry["generation"] for model, entry in newest_generations(batch, catalog).items()}
     return meant == {model: entry["generation"] for model, entry in batch.current().items()}
+
+
+def _next_model(left: dict[str, ModelEntry], engines: EngineStarter) -> tuple[str, ModelEntry]:
+    """One whose server is up, so that it is used before it makes room; else the next in line."""
+    warm = engines.warm(left.values()) if len(left) > 1 else set()
+    return next(((model, entry) for model, entry in left.items() if entry.name in warm), next(iter(left.items())))
 
 
 def _begin(batch: Batch, mode: Mode, failed: Failures) -> Retry | None:

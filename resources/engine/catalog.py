@@ -10,6 +10,7 @@ models:
     aliases: [my-alias]
     defaults: {temperature: 0}       # body fields for requests that do not set them
     concurrency: 64                  # requests in flight; left out, as many as the server takes
+    keep_alive: 300                  # seconds that the server stays after the last run that used it
 """
 
 import difflib
@@ -55,6 +56,7 @@ class ModelEntry(BaseModel):
         None, ge=1, le=4096, description="Requests in flight. Default: as many as the server says it takes, or 64."
     )
     startup_timeout: float = Field(900, gt=0, description="Seconds a vLLM server may take to come up.")
+    keep_alive: float = Field(300, ge=0, description="Seconds a vLLM server is kept after the last run that used it.")
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -96,7 +98,15 @@ class ModelEntry(BaseModel):
     @property
     def most_running(self) -> int | None:
         """How many requests a vLLM server runs at once, where the entry says so."""
-        said = {key.lstrip("-").replace("_", "-"): value for key, value in self.engine_args.items()}.get("max-num-seqs")
+        return self._number("max-num-seqs")
+
+    @property
+    def devices_needed(self) -> int:
+        """How many GPUs a vLLM server takes. What is no number is left to vLLM to explain."""
+        return self._number("tensor-parallel-size") or 1
+
+    def _number(self, argument: str) -> int | None:
+        said = {key.lstrip("-").replace("_", "-"): value for key, value in self.engine_args.items()}.get(argument)
         return said if isinstance(said, int) and said > 0 else None
 
     @property

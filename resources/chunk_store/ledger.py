@@ -33,7 +33,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Booking:
-    """`useful` is in rows. `lower_bound` where a crash, or a life shared with others, may have wasted more than is known."""
+    """`useful` is in rows. `lower_bound` where a crash or a life shared with others may have wasted more."""
 
     useful: Tokens
     wasted_by_retry: Tokens

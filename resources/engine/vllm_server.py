@@ -69,7 +69,7 @@ class VllmServer:
         stop_grace: float = STOP_GRACE_SECONDS,
     ) -> None:
         self.entry = entry
-        self.log_path = log_dir.absolute() / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', entry.name)}.log"
+        self.log_path = log_dir.absolute() / f"{log_name(entry.name)}.log"
         self.load_seconds = 0.0
         self.warm = False
         self.replaced: list[str] = []
@@ -337,6 +337,11 @@ class _Reporter:
         if what != self._told or time.monotonic() - self._told_at >= PROGRESS_SECONDS:
             self._progress(f"{what}: {seconds:.0f} s")
             self._told_at, self._told = time.monotonic(), what
+
+
+def log_name(model: str) -> str:
+    """A model's name as one of a file."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", model)
 
 
 def _on_one_device(wanted: Wanted) -> Wanted:

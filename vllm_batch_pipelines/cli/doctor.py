@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
+from resources.engine.hosts import Hosts
 from resources.errors import BatchError
 from resources.filesystem import refuse_remote_filesystem
 from resources.settings import load_settings, settings
@@ -41,6 +42,7 @@ def doctor() -> None:
         "data root": _data_root,
         "runtime folder": lambda: str(settings().runtime_root),
         "models": _models,
+        "servers": _servers,
         "stack": _stack,
     }
     failed = 0
@@ -104,6 +106,12 @@ def _models() -> str:
     if problems:
         raise BatchError("; ".join(f"{name}: {problem}" for name, problem in problems.items()))
     return ", ".join(catalog.entries)
+
+
+def _servers() -> str:
+    hosts = Hosts(settings().runtime_root)
+    running = [f"{host.model} on {', '.join(host.devices)} ({host.state})" for host in hosts.status()]
+    return f"{', '.join(running) or 'none is up'}; {len(hosts.waiting())} runs wait"
 
 
 def _stack() -> str:

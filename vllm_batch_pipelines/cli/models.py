@@ -3,6 +3,7 @@
 import typer
 from rich.table import Table
 
+from resources.engine.factory import EngineStarter
 from resources.settings import settings
 from vllm_batch_pipelines.cli import common
 from vllm_batch_pipelines.cli.batches import AsJson
@@ -17,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def list_models(as_json: AsJson = False) -> None:
-    """List the models that requests may name.
+    """List the models that requests may name, and which has a server that is up.
 
     Example:
 
@@ -25,12 +26,16 @@ def list_models(as_json: AsJson = False) -> None:
     """
     with common.errors_for_people():
         catalog = common.open_catalog()
+        config = settings()
+        warm = EngineStarter(config.runtime_root, config.data_root / "logs" / "engines").warm(catalog.entries.values())
         if as_json:
-            common.print_json([entry.model_dump(mode="json", exclude={"env"}) for entry in catalog.entries.values()])
+            fields = [entry.model_dump(mode="json", exclude={"env"}) for entry in catalog.entries.values()]
+            common.print_json([entry | {"warm": entry["name"] in warm} for entry in fields])
             return
-        table = Table("model", "engine", "source", "aliases", box=None, header_style="bold")
+        table = Table("model", "engine", "source", "aliases", "", box=None, header_style="bold")
         for entry in catalog.entries.values():
-            table.add_row(entry.name, entry.engine, entry.source or entry.base_url or "", ", ".join(entry.aliases))
+            source, aliases = entry.source or entry.base_url or "", ", ".join(entry.aliases)
+            table.add_row(entry.name, entry.engine, source, aliases, "warm" if entry.name in warm else "")
         common.stdout.print(table)
 
 

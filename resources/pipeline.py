@@ -17,7 +17,7 @@ from typing import Any
 
 from resources import durable
 from resources.answering import Answering, Mode, ModelReport
-from resources.batch_format.lines import open_regular
+from resources.batch_format.lines import iter_lines, open_regular
 from resources.batch_format.requests import Code
 from resources.batch_store.batch import Batch
 from resources.batch_store.checking import check_stream
@@ -188,6 +188,23 @@ def model_entry(batch: Batch, catalog: Catalog, model: str) -> ModelEntry:
     if batch.spec.engine is None:
         return entry
     return ModelEntry(name=entry.name, engine=EngineKind(batch.spec.engine), concurrency=entry.concurrency)
+
+
+def models_of(batch: Batch, catalog: Catalog) -> list[ModelEntry]:
+    """The models that a run would use, as far as is known: before the check, that of the first line."""
+    known = batch.requests_summary()
+    names = known["models"] if known else [batch.spec.options.model or _model_of_first_line(batch) or ""]
+    return [model_entry(batch, catalog, name) for name in names if catalog.resolve(name)]
+
+
+def _model_of_first_line(batch: Batch) -> str | None:
+    try:
+        with open_regular(batch.input_path) as stream:
+            _, line = next(iter_lines(stream, batch.spec.suffix))
+            model = json.loads(line or b"{}")["body"]["model"]
+    except (BatchError, OSError, ValueError, KeyError, TypeError, StopIteration):
+        return None
+    return model if isinstance(model, str) else None
 
 
 def newest_generations(batch: Batch, catalog: Catalog) -> dict[str, dict[str, Any]]:

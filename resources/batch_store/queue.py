@@ -25,6 +25,7 @@ class StartRequest:
     mode: str
     origin: str
     """`inbox` for a dropped file, `submit` for everything that a person asked for."""
+    requested_at: datetime
     failed: tuple[str, ...] = ()
     """What the mode retry_failed asks again; nothing said means lines without an answer."""
 
@@ -33,9 +34,10 @@ def enqueue(
     store: BatchStore, key: str, mode: str = "resume", origin: str = "submit", failed: Iterable[str] = ()
 ) -> StartRequest:
     """Ask for a run of a registered batch. A request that is already there is replaced."""
-    request = StartRequest(store.get(key).key, secrets.token_hex(8), mode, origin, tuple(sorted(map(str, failed))))
+    now = datetime.now(UTC)
+    request = StartRequest(store.get(key).key, secrets.token_hex(8), mode, origin, now, tuple(sorted(map(str, failed))))
     content = {"id": request.id, "mode": mode, "failed": request.failed, "origin": origin}
-    content["requested_at"] = datetime.now(UTC).isoformat()
+    content["requested_at"] = now.isoformat()
     durable.write_file(store.queue_dir / f"{request.key}.json", json.dumps(content).encode())
     return request
 
@@ -53,7 +55,8 @@ def _read(path: Path) -> StartRequest | None:
     try:
         content = json.loads(path.read_bytes())
         id, mode, origin = (str(content[name]) for name in ("id", "mode", "origin"))
-        return StartRequest(path.stem, id, mode, origin, tuple(map(str, content.get("failed", ()))))
+        since = datetime.fromisoformat(content["requested_at"])
+        return StartRequest(path.stem, id, mode, origin, since, tuple(map(str, content.get("failed", ()))))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -5,9 +5,11 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from resources.engine.catalog import EngineKind, ModelEntry
+from resources.engine.devices import installed_gpus
 from resources.engine.endpoint import Endpoint
 from resources.engine.hosts import Hosts
 from resources.engine.null import NullEngine
@@ -50,9 +52,18 @@ class EngineStarter:
         settings = Hosts(self.runtime_dir).warm() if ours else set()
         return {entry.name for entry in ours if settings and self._server(entry).settings() in settings}
 
+    @property
+    def devices(self) -> int:
+        """How many devices this machine has for servers of ours."""
+        return _devices()
+
     def _server(self, entry: ModelEntry) -> VllmServer:
         return VllmServer(
-            entry, runtime_dir=self.runtime_dir, log_dir=self.log_dir, who=self.who, keep_alive=self.keep_alive
+            entry.server_entry,
+            runtime_dir=self.runtime_dir,
+            log_dir=self.log_dir,
+            who=self.who,
+            keep_alive=self.keep_alive,
         )
 
 
@@ -77,6 +88,11 @@ def running(server: VllmServer, stop: threading.Event) -> RunningEngine:
         shared=lambda: server.shared,
         most_running=server.entry.most_running,
     )
+
+
+@lru_cache(maxsize=1)
+def _devices() -> int:
+    return len(installed_gpus()) or 1
 
 
 @asynccontextmanager

@@ -30,6 +30,9 @@ def server_arguments(entry: ModelEntry) -> list[str]:
     # An empty list means all domains to vLLM. `.invalid` is never a domain (RFC 2606).
     arguments += ["--allowed-media-domains", *(entry.allowed_media_domains or ("none.invalid",))]
     arguments += ["--enable-request-id-headers", "--disable-uvicorn-access-log"]
+    if entry.adapters:
+        modules = [json.dumps({"name": name, "path": path}) for name, path in entry.adapters.items()]
+        arguments += ["--enable-lora", "--lora-modules", *modules]
     for key, value in entry.engine_args.items():
         arguments += _argument(entry.name, key, value)
     return arguments

@@ -42,7 +42,7 @@ class VllmServer:
     """One model's server, for one run. `start`, `restart` and `release` are called from one thread at a time.
 
     Args:
-        entry: the model's entry in the catalog.
+        entry: the model's entry in the catalog; for an adapter, that of its base model.
         runtime_dir: private folder of this machine for sockets, device locks and state (`Settings.runtime_root`).
         log_dir: where `<model>.log` and the one before it (`.1`) are kept.
         who: what others are told about who uses the server.

@@ -2,10 +2,14 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from resources.engine.catalog import Catalog, ModelEntry
+from resources.engine.vllm_server import VllmServer
 from resources.errors import BatchStopped, EngineStartFailed
 from tests.engine_world import EngineWorld, Starting, engine_world
 from tests.helpers import wait_until
@@ -252,3 +256,19 @@ def test_hosts_that_are_idle_can_be_stopped_and_those_in_use_are_left_alone(two_
         two_gpus.hosts.stop([status.id], now=True)
         wait_until(lambda: not used.alive, 15)
         assert used.end_reason == "stopped"
+
+
+# --- Adapters -------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_served_by_the_server_of_its_base(world: EngineWorld) -> None:
+    catalog = Catalog([ModelEntry(name="base", source="org/model", adapters={"legal": "org/legal"}, keep_alive=60)])
+    command = [sys.executable, "-S", str(world.stand_in)]
+    common: dict[str, Any] = {"runtime_dir": world.folder, "log_dir": world.folder, "command": command}
+    with VllmServer(catalog.get("base").server_entry, **common) as base:
+        base.start()
+        with VllmServer(catalog.get("legal").server_entry, **common) as legal:
+            legal.start()
+            assert legal.socket_path == base.socket_path
+            assert legal.warm
+    assert world.starts == ["base cpu"]

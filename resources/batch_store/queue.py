@@ -9,7 +9,7 @@ makes a repeat harmless) and removes it once that run exists.
 import json
 import secrets
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,19 +25,18 @@ class StartRequest:
     mode: str
     origin: str
     """`inbox` for a dropped file, `submit` for everything that a person asked for."""
-    requested_at: datetime
     failed: tuple[str, ...] = ()
     """What the mode retry_failed asks again; nothing said means lines without an answer."""
+    requested_at: datetime = field(default_factory=lambda: datetime.now(UTC), compare=False)
 
 
 def enqueue(
     store: BatchStore, key: str, mode: str = "resume", origin: str = "submit", failed: Iterable[str] = ()
 ) -> StartRequest:
     """Ask for a run of a registered batch. A request that is already there is replaced."""
-    now = datetime.now(UTC)
-    request = StartRequest(store.get(key).key, secrets.token_hex(8), mode, origin, now, tuple(sorted(map(str, failed))))
+    request = StartRequest(store.get(key).key, secrets.token_hex(8), mode, origin, tuple(sorted(map(str, failed))))
     content = {"id": request.id, "mode": mode, "failed": request.failed, "origin": origin}
-    content["requested_at"] = now.isoformat()
+    content["requested_at"] = request.requested_at.isoformat()
     durable.write_file(store.queue_dir / f"{request.key}.json", json.dumps(content).encode())
     return request
 
@@ -55,8 +54,9 @@ def _read(path: Path) -> StartRequest | None:
     try:
         content = json.loads(path.read_bytes())
         id, mode, origin = (str(content[name]) for name in ("id", "mode", "origin"))
-        since = datetime.fromisoformat(content["requested_at"])
-        return StartRequest(path.stem, id, mode, origin, since, tuple(map(str, content.get("failed", ()))))
+        said = content.get("requested_at")
+        since = datetime.fromisoformat(said) if said else datetime.fromtimestamp(path.stat().st_mtime, UTC)
+        return StartRequest(path.stem, id, mode, origin, tuple(map(str, content.get("failed", ()))), since)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
 class Hub(BaseHTTPRequestHandler):
     """As much of a model hub as a download needs."""
 
-    files = {"config.json": b"{}", "model.safetensors": b"weights"}
+    files: ClassVar = {"config.json": b"{}", "model.safetensors": b"weights"}
     commit = "a" * 40
 
     def do_HEAD(self) -> None:
@@ -79,6 +80,10 @@ class Hub(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in self.files]
             info = {"id": "org/model", "sha": self.commit, "siblings": siblings, "private": False, "tags": []}
             self.send(json.dumps({**info, "downloads": 0, "likes": 0}).encode(), "application/json")
+        elif self.path.startswith(f"/api/models/org/model/tree/{self.commit}"):
+            parts = [{"type": "file", "path": name, "size": len(body)} for name, body in self.files.items()]
+            tree = [part | {"oid": hashlib.sha1(self.files[str(part["path"])]).hexdigest()} for part in parts]
+            self.send(json.dumps(tree).encode(), "application/json")
         elif "/resolve/" in self.path and name in self.files:
             self.send(self.files[name], "application/octet-stream")
         else:

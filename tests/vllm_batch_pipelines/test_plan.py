@@ -78,7 +78,7 @@ def test_files_that_alternate_between_three_models_load_each_once(place: Place) 
 def test_nobody_waits_for_longer_than_the_limit(place: Place) -> None:
     running, other = place.batch("a", "1"), place.batch("b", "2")
     plan = Plan(place.store, place.catalog, cast(EngineStarter, Machine()), [running.key], [other.key])
-    reason = plan.reason_to_wait(other, NOW)
+    reason = plan.reason_to_wait(other, datetime.now(UTC))
     assert reason == "waits for the batches of a, 10 min at most"
     assert plan.reason_to_wait(other, NOW - timedelta(seconds=HELD_SECONDS + 1)) is None
 

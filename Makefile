@@ -22,7 +22,7 @@ export DAGSTER_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help venv demo-model demo up test test-fast check format bench clean
+.PHONY: help venv demo-model demo up test test-fast test-models check format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,7 +33,7 @@ demo: venv demo-model ## answer examples/demo.jsonl with a real model and show w
 up: venv ## start the stack: web UI, daemon, database (Ctrl-C stops all of it)
 	@exec $(BIN)/vllm-batch up
 
-test: venv demo-model ## all tests, those with a real vLLM included
+test: venv demo-model test-models ## all tests, those with a real vLLM included
 	@$(BIN)/pytest
 
 test-fast: venv ## the tests that need no model and no processes of ours: under a minute
@@ -49,14 +49,18 @@ format: venv ## put the code in the form that `make check` asks for
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: venv ## measure the main path without a model
+bench: venv demo-model ## measure the main path without a model, and what a warm server saves
 	@$(BIN)/python -m benchmarks.main_path
+	@$(BIN)/python -m benchmarks.warm
 
 demo-model: venv ## make the demo model in models/
 	@$(BIN)/python scripts/demo_model.py
 
+test-models: venv ## make the embedding model of the tests in models/
+	@$(BIN)/python scripts/embedding_model.py
+
 clean: ## remove the environment, the caches and the demo model; data/ stays
-	rm -rf .venv models/smollm2-135m .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv models/smollm2-135m models/all-minilm-l6-v2 .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -path ./data -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv: $(STAMP) ## install everything into .venv

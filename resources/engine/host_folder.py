@@ -120,14 +120,15 @@ class HostFolder:
 
     # --- Leases -------------------------------------------------------------------------------------------------------
 
-    def lease(self, **content: Any) -> tuple[OwnNote, int]:
-        """A lease of this process, and its number: how many there ever were. Under the mutex."""
+    def lease(self, **content: Any) -> OwnNote:
+        """A lease of this process; its name is its number. Under the mutex."""
         number = self.lease_count + 1
         self._write("count", str(number))
-        return OwnNote(self.leases_dir / f"{number:06}", since=time.time(), **content), number
+        return OwnNote(self.leases_dir / f"{number:06}", since=time.time(), **content)
 
     @property
     def lease_count(self) -> int:
+        """How many there ever were."""
         try:
             return int(self._count.read_text())
         except (OSError, ValueError):

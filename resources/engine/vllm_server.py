@@ -1,6 +1,6 @@
 """A run's hold on a vLLM server of ours: leased from the engine host that keeps it, started where there is none.
 
-`host.py` tells how long a server lives, and `hosts.py` who gets it when; here is what one run sees of it.
+`host.py` tells how long a server lives, and `turns.py` who gets it when; here is what one run sees of it.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from resources.engine import host, host_folder, processes
 from resources.engine.catalog import ModelEntry
 from resources.engine.devices import CPU, installed_gpus, visible_devices
 from resources.engine.host_folder import HostFolder, Told
-from resources.engine.hosts import Held, Hosts, Wanted
+from resources.engine.hosts import Hosts
+from resources.engine.turns import Held, Wanted, lease
 from resources.engine.vllm_command import VLLM_COMMAND, cpu_environment, server_arguments, server_environment
 from resources.errors import BatchStopped, EngineStartFailed, SettingsError
 
@@ -240,7 +241,7 @@ class VllmServer:
                 "keep_alive": self._keep_alive,
             }
 
-        held = self._hosts.lease(wanted, launch, reporter.waiting)
+        held = lease(self._hosts, wanted, launch, reporter.waiting)
         self.warm = not held.started and held.folder.events.told.ready
         self.replaced = held.replaced
         return held

@@ -112,7 +112,7 @@ def test_first_come_first_served_whatever_is_warm(world: EngineWorld) -> None:
 def test_a_run_that_is_killed_while_it_waits_holds_nobody_up(world: EngineWorld) -> None:
     first = world.server(name="first", keep_alive=60)
     first.start()
-    ticket = world.hosts._queue_dir / "1-000001"
+    ticket = world.hosts.queue_dir / "1-000001"
     ticket.write_text('{"identity": ["another boot", 1, 1], "devices": ["cpu"], "settings": "s"}')
     with world.server(name="first") as other:
         other.start()

@@ -36,7 +36,8 @@ _TRIES = 3
 
 # A line that names an exception (after vLLM's own prefix, perhaps) or is argparse's last word.
 _CAUSE = re.compile(r"^(\(.*?\) )?(ERROR [^\]]*\] )?([\w.]*(Error|Exception)|\S+\.py: error): \S")
-_DECIDES = re.compile(r"^(VLLM_|HF_|CUDA_|TORCH|OMP_|NCCL_)")
+# Of the environment. Which devices may be used is looked at for each host, and a token changes no answer.
+_DECIDES = re.compile(r"^(?!CUDA_VISIBLE_DEVICES$|.*TOKEN)(VLLM_|HF_|CUDA_|TORCH|OMP_|NCCL_)")
 
 
 class VllmServer:
@@ -249,7 +250,7 @@ class VllmServer:
     def settings(self, environment: Mapping[str, str] | None = None) -> str:
         """A hash of all that decides what a server is: entry, model files, arguments, versions, and our own code."""
         environment = server_environment(self.entry, os.environ) if environment is None else environment
-        decides = {name: value for name, value in environment.items() if _DECIDES.match(name) and "TOKEN" not in name}
+        decides = {name: value for name, value in environment.items() if _DECIDES.match(name)}
         return _hash(
             fingerprint_inputs(self.entry),
             self._arguments,

@@ -211,6 +211,23 @@ def test_two_models_run_side_by_side_on_two_gpus(two_gpus: EngineWorld) -> None:
         assert not two_gpus.lock_is_free("GPU-1")
 
 
+def test_a_server_is_used_only_where_its_device_is_visible(
+    two_gpus: EngineWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with two_gpus.server(name="first", keep_alive=60) as second_gpu:
+        second_gpu.start()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with two_gpus.server(name="first", keep_alive=60) as any_gpu:
+        any_gpu.start()
+        assert any_gpu.warm
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with two_gpus.server(name="first", keep_alive=60) as first_gpu:
+        first_gpu.start()
+        assert not first_gpu.warm
+    assert two_gpus.starts == ["first GPU-1", "first GPU-0"]
+
+
 def test_free_devices_are_taken_before_idle_ones(two_gpus: EngineWorld) -> None:
     with two_gpus.server(name="first", keep_alive=60) as first:
         first.start()

@@ -87,9 +87,8 @@ def test_two_models_take_turns_with_as_few_loads_as_can_be(tmp_path: Path, runti
     assert closeness(vectors["cat"], vectors["rest"]) > 0.4 > closeness(vectors["cat"], vectors["stock"])
 
     # The one that is warm now goes first, so the other one alone is loaded.
-    again, _ = place.run(
-        "second", [line(f"x{n}", f"number {n}", model) for n in range(2) for model in (CHAT, EMBED)][:3]
-    )
+    lines = [line(f"{model}-{n}", f"number {n}", model) for n in range(2) for model in (CHAT, EMBED)]
+    again, _ = place.run("second", lines)
     assert [(model.model, model.warm, model.swaps) for model in again.models] == [
         (first.models[-1].model, True, 0),
         (first.models[0].model, False, 1),

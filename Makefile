@@ -22,7 +22,7 @@ export DAGSTER_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help venv demo-model demo up label-studio label-studio-venv test test-fast torture check format bench
+.PHONY: help venv demo-model demo up label-studio label-studio-venv test test-fast test-models torture check format bench
 .PHONY: bench-curation clean
 
 help: ## list the targets
@@ -40,7 +40,7 @@ label-studio: venv ## start a Label Studio of your own on 127.0.0.1, with a user
 label-studio-venv: venv ## install Label Studio into .label-studio/ (about 4 minutes, once)
 	@$(BIN)/python scripts/label_studio.py install
 
-test: venv demo-model label-studio-venv ## all tests, those with a real vLLM and a real Label Studio included
+test: venv demo-model test-models label-studio-venv ## all tests, those with a real vLLM and a real Label Studio included
 	@$(BIN)/pytest
 
 test-fast: venv ## the tests that need no model and no processes of ours: under a minute
@@ -68,8 +68,11 @@ bench-curation: label-studio-venv ## measure the import into Label Studio agains
 demo-model: venv ## make the demo model in models/
 	@$(BIN)/python scripts/demo_model.py
 
+test-models: venv ## make the embedding model of the tests in models/
+	@$(BIN)/python scripts/embedding_model.py
+
 clean: ## remove the environment, the caches and the demo model; data/ stays
-	rm -rf .venv .label-studio/venv .label-studio/installed .label-studio/empty models/smollm2-135m .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .label-studio/venv .label-studio/installed .label-studio/empty models/smollm2-135m models/all-minilm-l6-v2 .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -path ./data -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv: $(STAMP) ## install everything into .venv

@@ -24,7 +24,7 @@ from benchmarks.engines import (
     vllm_environment,
     write_jsonl,
 )
-from resources.engine.vllm_server import server_arguments
+from resources.engine.vllm_command import server_arguments
 
 SAMPLE_SECONDS = 0.2
 Sample = tuple[float, int, int, int]

@@ -20,11 +20,12 @@ from benchmarks.common import ROOT, Unfit
 from resources import pipeline
 from resources.answering import ModelReport
 from resources.batch_store.store import BatchStore
-from resources.engine import supervisor
 from resources.engine.catalog import Catalog, ModelEntry
 from resources.engine.factory import EngineStarter, running
+from resources.engine.host_folder import HostFolder
 from resources.engine.protocol import RunningEngine
-from resources.engine.vllm_server import VllmServer, cpu_environment, server_environment
+from resources.engine.vllm_command import cpu_environment, server_environment
+from resources.engine.vllm_server import VllmServer
 
 MODEL = "smollm2-135m"
 MODEL_FOLDER = ROOT / "models" / MODEL
@@ -60,17 +61,18 @@ def vllm_environment(entry: ModelEntry) -> dict[str, str]:
 # --- A server of ours -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Starter(EngineStarter):
     """Starts nothing: lends the server that is up."""
 
-    server: VllmServer
+    def __init__(self, server: VllmServer) -> None:
+        super().__init__(Path(), Path())
+        object.__setattr__(self, "server", server)
 
     @contextmanager
     def start(
         self, entry: ModelEntry, stop: threading.Event, waiting: Callable[[str], None]
     ) -> Iterator[RunningEngine]:
-        yield running(self.server, stop)
+        yield running(self.server, stop)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class DemoServer:
             with batch.lock("benchmark"):
                 began = time.monotonic()
                 pipeline.check(batch, catalog)
-                report = pipeline.answer(batch, catalog, Starter(self.work, self.work, self.server))
+                report = pipeline.answer(batch, catalog, Starter(self.server))
                 seconds = time.monotonic() - began
         model = report.models[0]
         if model.failed or model.retries or model.asked + model.copied != len(rows):
@@ -136,12 +138,13 @@ class DemoServer:
 def demo_server(**engine_args: Any) -> Iterator[DemoServer]:
     """The demo model on vLLM's server, up and warm."""
     entry = demo_entry(**engine_args)
-    with tempfile.TemporaryDirectory(prefix="vb-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="vb-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
-        with VllmServer(entry, runtime_dir=work / "run", log_dir=work / "logs") as server:
+        with VllmServer(entry, runtime_dir=work / "run", log_dir=work / "logs", keep_alive=0) as server:
             server.start()
-            records = [supervisor.read_record(supervisor.read_state(f)) for f in (work / "run/devices").glob("*.json")]
-            group = next(record.pid for record in records if record)
+            record = HostFolder(server.socket_path.parent).events.read().record
+            assert record
+            group = record.identity.pid
             found = DemoServer(entry, server, group, work)
             found.answer([chat(f"warm-{n}", f"Warm up {n}.", max_tokens=8) for n in range(8)])
             yield found

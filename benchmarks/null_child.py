@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from resources import pipeline
@@ -50,7 +49,7 @@ def stop(folder: Path, chunk_rows: int, stop_after: int) -> dict[str, float]:
     engine = StoppingEngine(stop_after)
     with batch.lock("benchmark"), suppress(BatchStopped):
         pipeline.check(batch, CATALOG)
-        pipeline.answer(batch, CATALOG, _Lent(folder, folder, engine), stop=engine.end)
+        pipeline.answer(batch, CATALOG, _Lent(engine), stop=engine.end)
     return {"answered": engine.answered}
 
 
@@ -66,7 +65,7 @@ def resume(folder: Path) -> dict[str, float]:
 
     with batch.lock("benchmark"), suppress(BatchStopped):
         pipeline.check(batch, CATALOG)
-        pipeline.answer(batch, CATALOG, _Lent(folder, folder, engine), stop=engine.end, progress=note)
+        pipeline.answer(batch, CATALOG, _Lent(engine), stop=engine.end, progress=note)
     return {"stopped_at": engine.stopped_at, "done": done[-1]}
 
 
@@ -89,9 +88,12 @@ class StoppingEngine(NullEngine):
         return await never
 
 
-@dataclass(frozen=True)
 class _Lent(EngineStarter):
-    engine: Engine
+    """Starts nothing: lends that engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(Path(), Path())
+        object.__setattr__(self, "engine", engine)
 
     @contextmanager
     def start(
@@ -99,7 +101,7 @@ class _Lent(EngineStarter):
     ) -> Iterator[RunningEngine]:
         @asynccontextmanager
         async def connect() -> AsyncIterator[Engine]:
-            yield self.engine
+            yield self.engine  # type: ignore[attr-defined]
 
         yield RunningEngine(connect, in_process=True)
 

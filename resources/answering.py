@@ -58,6 +58,10 @@ class ModelReport:
     completion_tokens: int = 0
     seconds: float = 0.0
     load_seconds: float = 0.0
+    warm: bool = False
+    """The server was up when we came."""
+    swaps: int = 0
+    """Servers of other models that were stopped to make room."""
     engine_restarts: int = 0
     quarantined: int = 0
     tokens: Booking | None = None
@@ -171,7 +175,7 @@ class Answering:
             tell(Progress("answer", finished_before + done, total, failed_before, note=note))
 
         with self._engines.start(entry, self._stop, waiting) as engine:
-            report.load_seconds = engine.load_seconds
+            report.load_seconds, report.warm, report.swaps = engine.load_seconds, engine.warm, len(engine.replaced)
             dispatcher = Dispatcher(
                 engine,
                 commit,

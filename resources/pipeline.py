@@ -18,7 +18,7 @@ from typing import Any
 
 from resources import durable, failpoints
 from resources.answering import Answering, Mode, ModelReport, set_aside_damaged
-from resources.batch_format.lines import open_regular
+from resources.batch_format.lines import iter_lines, open_regular
 from resources.batch_format.requests import Code
 from resources.batch_store.batch import Batch
 from resources.batch_store.checking import check_stream
@@ -97,7 +97,8 @@ def answer(
     stop: threading.Event | None = None,
     progress: ProgressCallback = silent,
 ) -> AnswerReport:
-    """Have every valid line answered and committed, model by model. An engine is started only where lines are left.
+    """Have every valid line answered and committed, model by model, those whose server is warm first. An engine is
+    started only where lines are left.
 
     `failed` is what the mode retry_failed asks again.
 
@@ -121,14 +122,17 @@ def answer(
         before = batch.current() or _published_generations(batch)
         current: dict[str, dict[str, Any]] = {}
         finished_before = 0
-        for model, total in summary.models.items():
-            entry = model_entry(batch, catalog, model)
-            answering = Answering(batch, entry, summary, total, engines, stop)
+        left = {model: model_entry(batch, catalog, model) for model in summary.models}
+        while left:
+            model, entry = _next_model(left, engines)
+            del left[model]
+            answering = Answering(batch, entry, summary, summary.models[model], engines, stop)
             model_report, committed, complete = answering.run(retry, tell, finished_before)
             report.models.append(model_report)
             report.expired |= not complete
             finished_before += committed.done
             current[model] = _current_entry(before.get(model), model_report, committed.rows)
+        current = {model: current[model] for model in summary.models}
         if current != batch.current():
             durable.make_folder(batch.results_dir)
             batch.set_current(current)
@@ -206,6 +210,23 @@ def model_entry(batch: Batch, catalog: Catalog, model: str) -> ModelEntry:
     return ModelEntry(name=entry.name, engine=EngineKind(batch.spec.engine), concurrency=entry.concurrency)
 
 
+def models_of(batch: Batch, catalog: Catalog) -> list[ModelEntry]:
+    """The models that a run would use, as far as is known: before the check, that of the first line."""
+    known = batch.requests_summary()
+    names = known["models"] if known else [batch.spec.options.model or _model_of_first_line(batch) or ""]
+    return [model_entry(batch, catalog, name) for name in names if catalog.resolve(name)]
+
+
+def _model_of_first_line(batch: Batch) -> str | None:
+    try:
+        with open_regular(batch.input_path) as stream:
+            _, line = next(iter_lines(stream, batch.spec.suffix))
+            model = json.loads(line or b"{}")["body"]["model"]
+    except (BatchError, OSError, ValueError, KeyError, TypeError, StopIteration):
+        return None
+    return model if isinstance(model, str) else None
+
+
 def newest_generations(batch: Batch, catalog: Catalog) -> dict[str, dict[str, Any]]:
     """The generations a run would go on with now, complete or not, in the form of `results/current.json`."""
     known = batch.requests_summary() or {"models": {}}
@@ -232,6 +253,12 @@ def is_complete(batch: Batch, catalog: Catalog) -> bool:
         return False
     meant = {model: entry["generation"] for model, entry in newest_generations(batch, catalog).items()}
     return meant == {model: entry["generation"] for model, entry in batch.current().items()}
+
+
+def _next_model(left: dict[str, ModelEntry], engines: EngineStarter) -> tuple[str, ModelEntry]:
+    """One whose server is up, so that it is used before it makes room; else the next in line."""
+    warm = engines.warm(left.values()) if len(left) > 1 else set()
+    return next(((model, entry) for model, entry in left.items() if entry.name in warm), next(iter(left.items())))
 
 
 def _begin(batch: Batch, mode: Mode, failed: Failures) -> Retry | None:

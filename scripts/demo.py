@@ -32,7 +32,7 @@ def main() -> int:
     console.print("[bold]2.[/] Starting the stack: PostgreSQL, Dagster's web UI and daemon.")
     stack, was_up = start_stack()
     try:
-        console.print("[bold]3.[/] Submitting the file. A vLLM server is started, answers every line, and is stopped.")
+        console.print("[bold]3.[/] Submitting the file. A vLLM server is started and answers every line.")
         submitted = subprocess.run(
             [*COMMAND, "submit", str(FILE), "--wait", "--json"],
             cwd=ROOT,

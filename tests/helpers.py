@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -347,9 +347,13 @@ class FakeEngine:
 class FakeStarter:
     """Starts that engine for every model; notes which models it was asked for."""
 
-    def __init__(self, engine: FakeEngine) -> None:
+    def __init__(self, engine: FakeEngine, warm: Iterable[str] = ()) -> None:
         self.engine = engine
         self.started: list[str] = []
+        self._warm = set(warm)
+
+    def warm(self, entries: Iterable[ModelEntry]) -> set[str]:
+        return self._warm
 
     @contextmanager
     def start(

@@ -9,6 +9,7 @@ from assets.exports import exports
 from assets.gold_stars import gold_star_datasets, gold_stars, label_studio_annotations
 from assets.handlers import handler_assets
 from assets.label_studio import label_studio_tasks
+from assets.models import catalog_as_it_is, downstream_of, model_assets
 from assets.webhooks import webhook_deliveries
 from resources.batch_store.resource import BatchStoreResource
 from resources.engine.resource import EngineResource
@@ -24,13 +25,15 @@ from vllm_batch_pipelines.schedules import SCHEDULES
 from vllm_batch_pipelines.sensors import SENSORS, WEBHOOK_SENSORS
 
 _settings = settings()
+_models = model_assets(catalog_as_it_is(_settings.models_file))
 _webhooks = webhooks_enabled(_settings)
 _curation = is_curation_on(_settings, has_targets(_settings, "label_studio"))
 
 defs = Definitions(
     assets=[
+        *_models,
         batch_requests,
-        batch_results,
+        downstream_of(batch_results, _models),
         batch_output,
         *([webhook_deliveries] if _webhooks else []),
         *([exports] if has_targets(_settings, "exports") else []),

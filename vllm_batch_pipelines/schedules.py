@@ -11,7 +11,7 @@ from resources.engine.catalog import load_catalog
 from resources.settings import settings
 from resources.targets import all_targets
 from vllm_batch_pipelines.jobs import process_batch
-from vllm_batch_pipelines.starting import ToStart, start_queued, sweep, take_from_inbox
+from vllm_batch_pipelines.starting import ToStart, engines, start_queued, sweep, take_from_inbox
 
 
 @schedule(
@@ -22,7 +22,8 @@ from vllm_batch_pipelines.starting import ToStart, start_queued, sweep, take_fro
     description="Starts batches that are missing, failed or left by a dead process; adopts those of the lean core.",
 )
 def sweep_schedule(context: ScheduleEvaluationContext) -> Iterator[RunRequest | SkipReason]:
-    found = sweep(context.instance, BatchStore(settings().data_root), load_catalog(settings().models_file))
+    store, catalog = BatchStore(settings().data_root), load_catalog(settings().models_file)
+    found = sweep(context.instance, store, catalog, engines=engines())
     yield from _requests(context, found)
 
 
@@ -36,8 +37,9 @@ def inbox_at_night(context: ScheduleEvaluationContext) -> Iterator[RunRequest | 
     config = settings()
     store = BatchStore(config.data_root, all_targets(config))
     dropped = Inbox(config.inbox_dir, config.data_root / "inbox-index.json")
-    found = take_from_inbox(context.instance, store, dropped, load_catalog(config.models_file), large_in_a_run=False)
-    yield from _requests(context, start_queued(context.instance, store, "inbox", found))
+    catalog = load_catalog(config.models_file)
+    found = take_from_inbox(context.instance, store, dropped, catalog, large_in_a_run=False)
+    yield from _requests(context, start_queued(context.instance, store, "inbox", found, catalog, engines()))
 
 
 def _requests(context: ScheduleEvaluationContext, found: ToStart) -> Iterator[RunRequest | SkipReason]:

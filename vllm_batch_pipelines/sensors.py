@@ -17,12 +17,13 @@ from assets.partitions import BATCH_FILES
 from resources.batch_store.inbox import Inbox
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import load_catalog
+from resources.errors import CatalogError
 from resources.settings import settings
 from resources.targets import all_targets
 from resources.webhooks.deliveries import Deliveries
 from vllm_batch_pipelines.announcing import announce_endings
 from vllm_batch_pipelines.jobs import JOBS, deliver_webhooks
-from vllm_batch_pipelines.starting import ToStart, start_queued, take_from_inbox
+from vllm_batch_pipelines.starting import ToStart, engines, start_queued, take_from_inbox
 
 # The daemon looks every five seconds; an interval of exactly that would make every other look come a moment too early.
 _POLL_SECONDS = max(1, settings().poll_seconds - 1)
@@ -38,8 +39,9 @@ def inbox(context: SensorEvaluationContext) -> SensorResult:
     config = settings()
     store = BatchStore(config.data_root, all_targets(config))
     dropped = Inbox(config.inbox_dir, config.data_root / "inbox-index.json")
-    found = take_from_inbox(context.instance, store, dropped, load_catalog(config.models_file))
-    return _result(context, start_queued(context.instance, store, "inbox", found))
+    catalog = load_catalog(config.models_file)
+    found = take_from_inbox(context.instance, store, dropped, catalog)
+    return _result(context, start_queued(context.instance, store, "inbox", found, catalog, engines()))
 
 
 @sensor(
@@ -50,7 +52,11 @@ def inbox(context: SensorEvaluationContext) -> SensorResult:
 )
 def submitted(context: SensorEvaluationContext) -> SensorResult:
     store = BatchStore(settings().data_root)
-    return _result(context, start_queued(context.instance, store, "submit", ToStart()))
+    try:
+        catalog = load_catalog(settings().models_file)
+    except CatalogError:  # the runs say what is wrong with it
+        catalog = None
+    return _result(context, start_queued(context.instance, store, "submit", ToStart(), catalog, engines()))
 
 
 def _result(context: SensorEvaluationContext, found: ToStart) -> SensorResult:

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 
+from resources.engine.hosts import Hosts
 from resources.errors import BatchError, SettingsError
 from resources.filesystem import refuse_remote_filesystem
 from resources.postgres import EmbeddedPostgres, find_postgres_url, runtime_folder
@@ -49,6 +50,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _HOST = "127.0.0.1"
 _READY_SECONDS = 180
 _RUNS_SECONDS = 10
+_SERVERS_SECONDS = 15
 _GRACE_SECONDS = 3
 _MOST_RESTARTS = 5  # within _RESTART_WINDOW_SECONDS
 _RESTART_WINDOW_SECONDS = 600
@@ -225,6 +227,8 @@ class Stack:
         if self._postgres is not None:
             self._postgres.stop()
         self._url_file.unlink(missing_ok=True)
+        with self._reporting("Idle model servers could not be stopped"):
+            stop_idle_servers(self._settings, self._say, self._is_hurried)
         self._say("Stopped.")
 
     def _end_runs(self) -> list[str]:
@@ -280,6 +284,17 @@ class Stack:
                 signal.signal(number, handler)
 
 
+def stop_idle_servers(settings: Settings, say: Say, is_hurried: Callable[[], bool] = lambda: False) -> None:
+    """Stop the model servers of this user that no run uses, whichever data root they were started for."""
+    hosts = Hosts(settings.runtime_root)
+    if not (stopped := hosts.stop_idle()):
+        return
+    say(f"Stopping the idle server of {', '.join(stopped)}.")
+    _sleep_unless(
+        lambda: is_hurried() or not any(host.state == "stopping" for host in hosts.status()), _SERVERS_SECONDS
+    )
+
+
 def stop_stack(settings: Settings, say: Say = print, wait_seconds: float = 45) -> bool:
     """Stop the running `up` of this data root, or what a killed one has left; False where there was neither.
 
@@ -300,7 +315,9 @@ def stop_stack(settings: Settings, say: Say = print, wait_seconds: float = 45) -
             time.sleep(0.1)
         return True
     with _up_lock(settings):
-        return end_leftovers(settings, say)
+        found = end_leftovers(settings, say)
+    stop_idle_servers(settings, say)
+    return found
 
 
 def end_leftovers(settings: Settings, say: Say = print) -> bool:

@@ -20,8 +20,11 @@ from resources.batch_store.batch import Batch
 from resources.batch_store.inbox import DroppedFile, Inbox
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog
+from resources.engine.factory import EngineStarter
 from resources.errors import BatchError, BatchNotFound
+from resources.settings import settings
 from vllm_batch_pipelines.jobs import BATCH_ASSET_KEYS, mode_config, process_batch, retry_failed_rows
+from vllm_batch_pipelines.plan import Plan
 from vllm_batch_pipelines.stack import INTERRUPTED_TAG
 
 PARTITION_TAG = "dagster/partition"
@@ -56,6 +59,11 @@ class ToStart:
     runs: list[RunRequest] = field(default_factory=list)
     new_keys: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def engines() -> EngineStarter:
+    """What tells which models are warm."""
+    return EngineStarter(settings().runtime_root, settings().data_root / "logs" / "engines")
 
 
 def runs_of(instance: DagsterInstance, key: str, statuses: list[DagsterRunStatus] | None = None) -> list[DagsterRun]:
@@ -118,15 +126,26 @@ def _register_in_a_run(instance: DagsterInstance, inbox: Inbox, dropped: Dropped
         )
 
 
-def start_queued(instance: DagsterInstance, store: BatchStore, origin: str, found: ToStart) -> ToStart:
+def start_queued(
+    instance: DagsterInstance,
+    store: BatchStore,
+    origin: str,
+    found: ToStart,
+    catalog: Catalog | None = None,
+    engines: EngineStarter | None = None,
+) -> ToStart:
     """Turn waiting start requests into run requests. One whose run exists is done and is removed.
 
     A request for a batch that is being worked on waits for the end of that: two runs on one batch at once would only
-    make the second fail.
+    make the second fail. With `catalog` and `engines`, one for another model than those whose turn it is waits, too.
     """
     known = set(instance.get_dynamic_partitions(str(BATCH_FILES.name)))
     going_on = _going_on(instance)
-    for request in queue.pending(store):
+    requests = list(queue.pending(store))
+    plan = None
+    if catalog is not None and engines is not None:
+        plan = Plan(store, catalog, engines, going_on, [request.key for request in requests])
+    for request in requests:
         if request.origin != origin:
             continue
         if instance.get_runs_count(RunsFilter(tags={RUN_KEY_TAG: request.id})):
@@ -141,6 +160,9 @@ def start_queued(instance: DagsterInstance, store: BatchStore, origin: str, foun
             continue
         if going_on.get(request.key) or batch.locked_by() is not None:
             found.notes.append(f"{request.key}: starts when the present run has ended")
+            continue
+        if plan and (reason := plan.reason_to_wait(batch, request.requested_at)):
+            found.notes.append(f"{request.key}: {reason}")
             continue
         found.runs.append(run_request(batch, request.mode, request.id, request.failed))
         if request.key not in known:
@@ -158,21 +180,26 @@ def run_request(batch: Batch, mode: str, run_key: str, failed: Sequence[str] = (
 
 
 def sweep(
-    instance: DagsterInstance, store: BatchStore, catalog: Catalog, pause: Callable[[float], None] = time.sleep
+    instance: DagsterInstance,
+    store: BatchStore,
+    catalog: Catalog,
+    pause: Callable[[float], None] = time.sleep,
+    engines: EngineStarter | None = None,
 ) -> ToStart:
     """Start what is missing or failed, and what a dead process left; adopt what `vllm-batch run` finished.
 
     Left alone: a batch whose last run was cancelled, one that cannot complete, one that is worked on, and one that
     failed MAX_TRIES times in a row (MAX_LOST times where its process went away). What is published stays so when the
-    catalog changes: asking anew is for people.
+    catalog changes: asking anew is for people. With `engines`, batches of the models whose turn it is come first.
     """
     found = ToStart()
     known = set(instance.get_dynamic_partitions(str(BATCH_FILES.name)))
     done = instance.get_materialized_partitions(AssetKey("batch_output"))
     going_on = _going_on(instance)
     _end_dead_runs(instance, store, going_on, found, pause)
+    ready: list[Batch] = []
     for key in store.keys():  # noqa: SIM118 (a store, not a dict)
-        if len(found.runs) >= MOST_A_TICK:
+        if len(ready) >= MOST_A_TICK:
             found.notes.append("more batches wait for the next sweep")
             break
         try:
@@ -193,6 +220,13 @@ def sweep(
             continue
         reason = _reason_to_wait(instance, store, batch, catalog, going_on)
         if reason:
+            found.notes.append(f"{batch.key}: {reason}")
+            continue
+        ready.append(batch)
+    ready.sort(key=lambda batch: batch.spec.registered_at)
+    plan = Plan(store, catalog, engines, going_on, [batch.key for batch in ready]) if engines is not None else None
+    for batch in ready:
+        if plan and not batch.is_published() and (reason := plan.reason_to_wait(batch, batch.spec.registered_at)):
             found.notes.append(f"{batch.key}: {reason}")
             continue
         if batch.key not in known:

@@ -9,7 +9,7 @@ makes a repeat harmless) and removes it once that run exists.
 import json
 import secrets
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class StartRequest:
     """`inbox` for a dropped file, `submit` for everything that a person asked for."""
     failed: tuple[str, ...] = ()
     """What the mode retry_failed asks again; nothing said means lines without an answer."""
+    requested_at: datetime = field(default_factory=lambda: datetime.now(UTC), compare=False)
 
 
 def enqueue(
@@ -35,7 +36,7 @@ def enqueue(
     """Ask for a run of a registered batch. A request that is already there is replaced."""
     request = StartRequest(store.get(key).key, secrets.token_hex(8), mode, origin, tuple(sorted(map(str, failed))))
     content = {"id": request.id, "mode": mode, "failed": request.failed, "origin": origin}
-    content["requested_at"] = datetime.now(UTC).isoformat()
+    content["requested_at"] = request.requested_at.isoformat()
     durable.write_file(store.queue_dir / f"{request.key}.json", json.dumps(content).encode())
     return request
 
@@ -53,7 +54,9 @@ def _read(path: Path) -> StartRequest | None:
     try:
         content = json.loads(path.read_bytes())
         id, mode, origin = (str(content[name]) for name in ("id", "mode", "origin"))
-        return StartRequest(path.stem, id, mode, origin, tuple(map(str, content.get("failed", ()))))
+        said = content.get("requested_at")
+        since = datetime.fromisoformat(said) if said else datetime.fromtimestamp(path.stat().st_mtime, UTC)
+        return StartRequest(path.stem, id, mode, origin, tuple(map(str, content.get("failed", ()))), since)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from resources.engine.catalog import EngineKind, ModelEntry
+from resources.engine.catalog import AdapterEntry, EngineKind, ModelEntry, local_folder
 
 TRANSFORM_VERSION = 1
 """Raised when our way from a line to the body that is sent changes."""
@@ -52,6 +52,9 @@ def fingerprint_inputs(entry: ModelEntry) -> dict[str, Any]:
             "revision": entry.revision,
             "engine_args": {key: args[key] for key in sorted(args) if key not in OPERATIONAL_ENGINE_ARGS},
         }
+    if isinstance(entry, AdapterEntry):
+        folder = local_folder(entry.adapter)
+        inputs["adapter"] = _folder_identity(folder) if folder else entry.adapter
     return inputs
 
 

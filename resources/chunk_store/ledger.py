@@ -3,6 +3,7 @@
 `usage.json` beside the chunks has one entry a life of the engine: what it made by its own counters, and what of that is
 in rows. The rest was wasted: by retries (a timeout, a cancelled run, a probe) in a life that ended well; by the crash
 in one that did not, where the last word of the engine may be older than its death, so that figure is a lower bound.
+A life that was shared with other runs tells nothing of our waste: its counters hold their work too.
 """
 
 import json
@@ -32,7 +33,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Booking:
-    """`useful` is in rows. `lower_bound` where a crash may have wasted more than is known."""
+    """`useful` is in rows. `lower_bound` where a crash or a life shared with others may have wasted more."""
 
     useful: Tokens
     wasted_by_retry: Tokens
@@ -76,9 +77,10 @@ def booking(folder: Path, committed: Tokens) -> Booking | None:
         return None
     wasted = {"closed": Tokens(), "crashed": Tokens()}
     for life in lives:
-        wasted[life["ended"] or "crashed"] += Tokens(*life["engine"]).beyond(Tokens(*life["useful"]))
-    crashed = any(life["ended"] != "closed" for life in lives)
-    return Booking(committed, wasted["closed"], wasted["crashed"], crashed)
+        if not life.get("shared"):
+            wasted[life["ended"] or "crashed"] += Tokens(*life["engine"]).beyond(Tokens(*life["useful"]))
+    unsure = any(life["ended"] != "closed" or life.get("shared") for life in lives)
+    return Booking(committed, wasted["closed"], wasted["crashed"], unsure)
 
 
 def _entry(life: Life) -> dict[str, Any]:
@@ -86,7 +88,8 @@ def _entry(life: Life) -> dict[str, Any]:
         life.last.prompt_tokens - life.first.prompt_tokens,
         life.last.completion_tokens - life.first.completion_tokens,
     )
-    return {"engine": made, "useful": life.useful, "ended": life.ended}
+    entry = {"engine": made, "useful": life.useful, "ended": life.ended}
+    return entry | {"shared": True} if life.shared else entry
 
 
 def _pair(tokens: Tokens) -> tuple[int, int]:

@@ -10,10 +10,14 @@ models:
     aliases: [my-alias]
     defaults: {temperature: 0}       # body fields for requests that do not set them
     concurrency: 64                  # requests in flight; left out, as many as the server takes
+    keep_alive: 300                  # seconds that the server stays after the last run that used it
+    adapters:                        # LoRA adapters over this model: names that requests may use, served by its server
+      my-model-legal: ./adapters/legal
 """
 
 import difflib
 import re
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,11 @@ from resources.batch_format.options import UniqueKeyLoader
 from resources.errors import CatalogError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,119}$"
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder where a source is a path, not a hub id."""
+    return Path(source).expanduser() if source.startswith(("/", "./", "../", "~")) else None
 
 
 class EngineKind(StrEnum):
@@ -50,11 +59,15 @@ class ModelEntry(BaseModel):
     base_url: str | None = Field(None, description="openai: URL up to and including /v1.")
     api_key_env: str | None = Field(None, description="openai: name of the environment variable with the key.")
     aliases: tuple[str, ...] = ()
+    adapters: dict[str, str] = Field(
+        default_factory=dict, description="vllm: LoRA adapters over this model, name to folder or hub id."
+    )
     defaults: dict[str, Any] = Field(default_factory=dict)
     concurrency: int | None = Field(
         None, ge=1, le=4096, description="Requests in flight. Default: as many as the server says it takes, or 64."
     )
     startup_timeout: float = Field(900, gt=0, description="Seconds a vLLM server may take to come up.")
+    keep_alive: float = Field(300, ge=0, description="Seconds a vLLM server is kept after the last run that used it.")
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -73,8 +86,10 @@ class ModelEntry(BaseModel):
             raise ValueError("engine vllm needs `source`: a hub id or a folder")
         if self.engine is EngineKind.OPENAI and not self.base_url:
             raise ValueError("engine openai needs `base_url`, for example http://127.0.0.1:8000/v1")
-        if self.engine is not EngineKind.VLLM and (self.engine_args or self.revision or self.env):
-            raise ValueError("`engine_args`, `revision` and `env` are for engine vllm alone")
+        if self.engine is not EngineKind.VLLM and (self.engine_args or self.revision or self.env or self.adapters):
+            raise ValueError("`engine_args`, `revision`, `env` and `adapters` are for engine vllm alone")
+        if bad := [name for name in self.adapters if not re.match(NAME_PATTERN, name)]:
+            raise ValueError(f"`{bad[0]}` is no name for an adapter")
         secret = sorted(
             name for name in self.engine_args if re.search(r"(token|api.?key|password|secret)$", name, re.I)
         )
@@ -96,22 +111,53 @@ class ModelEntry(BaseModel):
     @property
     def most_running(self) -> int | None:
         """How many requests a vLLM server runs at once, where the entry says so."""
-        said = {key.lstrip("-").replace("_", "-"): value for key, value in self.engine_args.items()}.get("max-num-seqs")
+        return self._number("max-num-seqs")
+
+    @property
+    def devices_needed(self) -> int:
+        """How many GPUs a vLLM server takes. What is no number is left to vLLM to explain."""
+        return self._number("tensor-parallel-size") or 1
+
+    def _number(self, argument: str) -> int | None:
+        said = {key.lstrip("-").replace("_", "-"): value for key, value in self.engine_args.items()}.get(argument)
         return said if isinstance(said, int) and said > 0 else None
+
+    @property
+    def server_entry(self) -> "ModelEntry":
+        """The entry whose server answers for this one."""
+        return self
 
     @property
     def local_source(self) -> Path | None:
         """The model's folder where `source` is a path, not a hub id."""
-        if self.engine is EngineKind.VLLM and self.source and self.source.startswith(("/", "./", "../", "~")):
-            return Path(self.source).expanduser()
-        return None
+        return local_folder(self.source) if self.engine is EngineKind.VLLM and self.source else None
+
+
+class AdapterEntry(ModelEntry):
+    """A LoRA adapter, as a model of its own: asked for by its name, answered by its base model's server."""
+
+    base: ModelEntry
+    adapter: str
+
+    @property
+    def server_entry(self) -> ModelEntry:
+        return self.base
+
+
+def _with_adapters(entries: list[ModelEntry]) -> Iterator[ModelEntry]:
+    for entry in entries:
+        yield entry
+        fields = entry.model_dump() | {"aliases": (), "adapters": {}}
+        for name, path in entry.adapters.items():
+            yield AdapterEntry(**(fields | {"name": name}), base=entry, adapter=path)
 
 
 class Catalog:
-    """The models by name and alias."""
+    """The models by name and alias, adapters among them."""
 
     def __init__(self, entries: list[ModelEntry], origin: str = "catalog") -> None:
         self.origin = origin
+        entries = list(_with_adapters(entries))
         self.entries = {entry.name: entry for entry in entries}
         self._names: dict[str, str] = {}
         for entry in entries:
@@ -151,6 +197,9 @@ class Catalog:
             folder = entry.local_source
             if folder and not (folder / "config.json").is_file():
                 found[entry.name] = f"no model at {folder} (config.json is not there)"
+            own = local_folder(entry.adapter) if isinstance(entry, AdapterEntry) else None
+            if own and not (own / "adapter_config.json").is_file():
+                found[entry.name] = f"no adapter at {own} (adapter_config.json is not there)"
         return found
 
 
@@ -178,13 +227,18 @@ def _entry(path: Path, name: object, fields: object) -> ModelEntry:
         raise CatalogError(f"{path}: model `{name}`: keys must be text.")
     if "name" in fields:
         raise CatalogError(f"{path}: model `{name}`: unknown key `name` (the key above it is the name).")
-    source = fields.get("source")
-    if isinstance(source, str) and source.startswith(("./", "../")):
-        fields = {**fields, "source": str((path.parent / source).resolve())}
+    fields = {**fields, "source": _beside(path, fields.get("source"))} if "source" in fields else fields
+    if isinstance(fields.get("adapters"), dict):
+        fields = {**fields, "adapters": {key: _beside(path, value) for key, value in fields["adapters"].items()}}
     try:
         return ModelEntry(name=str(name), **fields)
     except ValidationError as error:
         raise CatalogError(f"{path}: model `{name}`: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _beside(path: Path, source: object) -> object:
+    """A relative path is one relative to the catalog's file."""
+    return str((path.parent / source).resolve()) if isinstance(source, str) and source[:2] in ("./", "..") else source
 
 
 def _explain(error: Any) -> str:

@@ -108,13 +108,14 @@ class Counts:
 @dataclass
 class Life:
     """What an engine said when we came and when it was asked last; the tokens of the rows that finished until then
-    (`useful`: prompt, completion). `ended` is None while it goes on."""
+    (`useful`: prompt, completion). `ended` is None while it goes on. In a `shared` one it worked for others too."""
 
     first: Load
     last: Load
     useful_before: tuple[int, int]
     useful: tuple[int, int] = (0, 0)
     ended: Literal["closed", "crashed"] | None = None
+    shared: bool = False
 
 
 @dataclass
@@ -481,6 +482,7 @@ class Dispatcher:
             self._life_now = Life(load, load, (counts.prompt_tokens, counts.completion_tokens))
             counts.lives.append(self._life_now)
         self._life_now.last = load
+        self._life_now.shared |= self._engine.shared()
         self._note_useful()
 
     def _note_useful(self) -> None:

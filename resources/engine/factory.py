@@ -2,13 +2,16 @@
 
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from resources.engine.catalog import EngineKind, ModelEntry
+from resources.engine.devices import installed_gpus
 from resources.engine.endpoint import Endpoint
+from resources.engine.hosts import Hosts
 from resources.engine.null import NullEngine
 from resources.engine.protocol import Engine, RunningEngine
 from resources.engine.vllm_server import VllmServer
@@ -19,11 +22,14 @@ from resources.errors import EngineStartFailed
 class EngineStarter:
     """Starts the engine of a catalog entry, for as long as its context lasts.
 
-    `runtime_dir` holds sockets and device locks, `log_dir` the logs of servers that we own.
+    `runtime_dir` holds sockets and device locks, `log_dir` the logs of servers that we own. `who` is what others are
+    told about who uses a server, and `keep_alive` for how many seconds it stays at most when they are done.
     """
 
     runtime_dir: Path
     log_dir: Path
+    who: str = "a run"
+    keep_alive: float | None = None
 
     @contextmanager
     def start(
@@ -35,10 +41,30 @@ class EngineStarter:
         elif entry.engine is EngineKind.OPENAI:
             yield RunningEngine(lambda: Endpoint(base_url=entry.base_url, api_key=_key(entry)))
         else:
-            with VllmServer(entry, runtime_dir=self.runtime_dir, log_dir=self.log_dir) as server:
+            with self._server(entry) as server:
                 server.start(should_stop=stop.is_set, progress=waiting)
 
                 yield running(server, stop)
+
+    def warm(self, entries: Iterable[ModelEntry]) -> set[str]:
+        """The names of those whose server is up or coming up."""
+        ours = [entry for entry in entries if entry.engine is EngineKind.VLLM]
+        settings = Hosts(self.runtime_dir).warm() if ours else set()
+        return {entry.name for entry in ours if settings and self._server(entry).settings() in settings}
+
+    @property
+    def devices(self) -> int:
+        """How many devices this machine has for servers of ours."""
+        return _devices()
+
+    def _server(self, entry: ModelEntry) -> VllmServer:
+        return VllmServer(
+            entry.server_entry,
+            runtime_dir=self.runtime_dir,
+            log_dir=self.log_dir,
+            who=self.who,
+            keep_alive=self.keep_alive,
+        )
 
 
 def running(server: VllmServer, stop: threading.Event) -> RunningEngine:
@@ -50,16 +76,23 @@ def running(server: VllmServer, stop: threading.Event) -> RunningEngine:
         return f"The vLLM server of `{name}` is gone ({reason}).\n{server.log_tail()}" if reason else None
 
     def restart(note: Callable[[str], None]) -> None:
-        server.stop()
-        server.start(should_stop=stop.is_set, progress=note)
+        server.restart(should_stop=stop.is_set, progress=note)
 
     return RunningEngine(
         connect=lambda: Endpoint(socket_path=server.socket_path),
-        load_seconds=server.load_seconds or 0.0,
+        load_seconds=server.load_seconds,
+        warm=server.warm,
+        replaced=tuple(server.replaced),
         died=died,
         restart=restart,
+        shared=lambda: server.shared,
         most_running=server.entry.most_running,
     )
+
+
+@lru_cache(maxsize=1)
+def _devices() -> int:
+    return len(installed_gpus()) or 1
 
 
 @asynccontextmanager

@@ -67,15 +67,19 @@ class Metered(Protocol):
 class RunningEngine:
     """An engine that is up. `connect` opens it inside an event loop.
 
-    For an engine that we own: `died` tells why it is gone, None while it lives; `restart` ends what is left of it and
-    starts it anew, which takes minutes; it gets a callback for words about how far it is, and raises EngineStartFailed
-    or BatchStopped.
+    For an engine that we own: `died` tells why it is gone, None while it lives; `restart` gets another one that nobody
+    else uses, which takes minutes; it gets a callback for words about how far it is, and raises EngineStartFailed or
+    BatchStopped. `shared` tells whether others use it too, or have. `warm` is one that was up when we came, and
+    `replaced` are the models that made room for it.
     """
 
     connect: Callable[[], AbstractAsyncContextManager[Engine]]
     load_seconds: float = 0.0
     died: Callable[[], str | None] = lambda: None
     restart: Callable[[Callable[[str], None]], None] | None = None
+    shared: Callable[[], bool] = lambda: False
+    warm: bool = False
+    replaced: tuple[str, ...] = ()
     in_process: bool = False
     most_running: int | None = None
     """How many requests it runs at once, where that is known."""

@@ -20,5 +20,6 @@ class EngineResource(ConfigurableResource):  # type: ignore[type-arg]
         """The catalog as it is now; read at every call, so that an edit needs no restart."""
         return load_catalog(Path(self.models_file))
 
-    def starter(self) -> EngineStarter:
-        return EngineStarter(Path(self.runtime_dir), Path(self.log_dir))
+    def starter(self, who: str) -> EngineStarter:
+        """`who` is what others are told about who uses a server."""
+        return EngineStarter(Path(self.runtime_dir), Path(self.log_dir), who)

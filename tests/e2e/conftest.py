@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from resources.engine.catalog import ModelEntry
+from resources.engine.hosts import Hosts
 from resources.engine.vllm_server import VllmServer
+from tests.helpers import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODEL = ROOT / "models" / "smollm2-135m"
@@ -39,3 +41,6 @@ def vllm_server(demo_entry: ModelEntry, engine_dir: Path) -> Iterator[VllmServer
     with VllmServer(demo_entry, runtime_dir=engine_dir / "shared", log_dir=engine_dir / "logs") as server:
         server.start()
         yield server
+    hosts = Hosts(engine_dir / "shared")
+    hosts.stop_idle()
+    wait_until(lambda: not hosts.status(), 30)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from resources.batch_store.outputs import OutputSummary, verify_outputs
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog, EngineKind, ModelEntry
 from resources.engine.factory import EngineStarter, running
+from resources.engine.hosts import Hosts
 from resources.engine.protocol import RunningEngine
 from resources.engine.vllm_server import VllmServer
 from resources.errors import EngineDown
@@ -162,10 +163,13 @@ def test_endpoint_that_stays_away_fails_the_run_with_nothing_committed(
 
 
 class OwnServer:
-    """Starts the misbehaving server as our own: on a socket, under a supervisor, with a device lock."""
+    """Starts the misbehaving server as our own: on a socket, under an engine host, with a device lock."""
 
     def __init__(self, folder: Path, asked: Path) -> None:
         self.folder, self.asked = folder, asked
+
+    def warm(self, entries: Iterable[ModelEntry]) -> set[str]:
+        return set()
 
     @contextmanager
     def start(
@@ -173,7 +177,7 @@ class OwnServer:
     ) -> Iterator[RunningEngine]:
         command = [sys.executable, str(SCRIPT), "--asked", str(self.asked)]
         with VllmServer(
-            entry, runtime_dir=self.folder, log_dir=self.folder / "logs", command=command, stop_grace=0.5
+            entry, runtime_dir=self.folder, log_dir=self.folder / "logs", command=command, stop_grace=0.2
         ) as server:
             server.start(should_stop=stop.is_set, progress=waiting)
             yield running(server, stop)
@@ -183,9 +187,12 @@ class OwnServer:
 def runtime() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vb-", dir="/tmp") as folder:
         yield Path(folder)
+        hosts = Hosts(Path(folder))
+        hosts.stop_idle()
+        wait_until(lambda: not hosts.status(), 20)
 
 
-OWN = Catalog([ModelEntry(name="m", source="org/m", concurrency=16)])
+OWN = Catalog([ModelEntry(name="m", source="org/m", concurrency=16, keep_alive=60)])
 
 
 def test_request_that_kills_our_server_is_quarantined_and_all_others_are_answered(
@@ -216,3 +223,46 @@ def test_server_of_ours_that_dies_of_everything_fails_the_run_and_keeps_what_is_
     assert state["status"] == "failed"
     assert "dies whatever" in state["error"]["message"]
     assert len(list(world.batch.root.glob("results/*/*/chunk-*"))) >= 1
+
+
+def test_run_that_shares_a_server_with_a_deadly_request_is_not_blamed_and_loses_nothing(
+    tmp_path: Path, runtime: Path
+) -> None:
+    prompts = [f"good {n}" for n in range(600)]
+    poisoned = [f"fine {n}" for n in range(600)]
+    poisoned[500] = "poison*99 it"
+    folders = [tmp_path / "innocent", tmp_path / "guilty"]
+    for folder in folders:
+        folder.mkdir()
+    worlds = [World(folder, some) for folder, some in zip(folders, (prompts, poisoned), strict=True)]
+    asked = tmp_path / "asked.log"
+    summaries: dict[int, OutputSummary] = {}
+
+    def run(number: int) -> None:
+        summaries[number] = worlds[number].run(OWN, OwnServer(runtime, asked))
+
+    runs = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join(120)
+    innocent, guilty = worlds
+    assert (summaries[0].succeeded, summaries[0].failed) == (600, 0)
+    assert (summaries[1].succeeded, summaries[1].failed) == (599, 1)
+    assert guilty.failures == {"poison*99 it": "engine_crash"}
+    assert (innocent.report.quarantined, guilty.report.quarantined) == (0, 1)
+    assert innocent.report.engine_restarts <= 1
+    assert innocent.answers == {text: f"to {text}" for text in prompts}
+
+
+def test_next_run_on_the_model_finds_the_server_warm(tmp_path: Path, runtime: Path) -> None:
+    reports = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        world = World(folder, [f"good {number}"])
+        world.run(OWN, OwnServer(runtime, tmp_path / "asked.log"))
+        reports.append(world.report)
+    assert [report.warm for report in reports] == [False, True]
+    assert reports[0].load_seconds > 0
+    assert reports[1].load_seconds == 0

@@ -20,10 +20,11 @@ import yaml
 
 from resources import pipeline
 from resources.batch_store.store import BatchStore
-from resources.engine import supervisor
 from resources.engine.catalog import Catalog, ModelEntry
 from resources.engine.endpoint import Endpoint
 from resources.engine.factory import EngineStarter
+from resources.engine.host_folder import HostFolder
+from resources.engine.hosts import Hosts
 from resources.engine.protocol import EngineRequest, EngineResponse, RunningEngine
 from resources.engine.vllm_server import VllmServer
 from resources.progress import Progress
@@ -143,7 +144,7 @@ def test_greedy_answers_are_those_of_the_server_asked_directly(
     assert sum(row["completion_tokens"] or 0 for row in rows) == summary.completion_tokens > 0
 
 
-def test_a_run_killed_half_way_goes_on_and_leaves_no_engine(demo_entry: ModelEntry, engine_dir: Path) -> None:
+def test_a_run_killed_half_way_goes_on_with_the_server_it_left_warm(demo_entry: ModelEntry, engine_dir: Path) -> None:
     work = engine_dir / "killed"
     work.mkdir()
     requests = [chat(f"r{number}", f"What is {number} plus one?", max_tokens=24, seed=1) for number in range(36)]
@@ -176,6 +177,9 @@ def test_a_run_killed_half_way_goes_on_and_leaves_no_engine(demo_entry: ModelEnt
     rows = {row["line"]: row for row in pyarrow.dataset.dataset(document["results"]).to_table().to_pylist()}
     assert sorted(rows) == list(range(1, 37))
     assert all(rows[line]["finished_at"] == finished for line, finished in kept.items())
+    assert (document["models"][0]["warm"], document["models"][0]["load_seconds"]) == (True, 0)
+    assert "stays warm for 60 s" in second.stderr
+    assert Hosts(work / "run").stop_idle() == ["smollm2-135m"]
     wait_until(lambda: not processes_with(str(work / "run")), 20)
 
 
@@ -216,8 +220,8 @@ def test_server_that_is_killed_is_started_again_and_every_line_is_answered(
 
     def kill(progress: Progress) -> None:
         if progress.phase == "answer" and progress.done >= 12 and not killed:
-            state = supervisor.read_state(next((runtime / "devices").glob("*.json")))
-            record = supervisor.read_record(state)
+            (path,) = (runtime / "servers").iterdir()
+            record = HostFolder(path).events.read().record
             assert record
             killed.append(record.pid)
             os.kill(record.pid, signal.SIGKILL)
@@ -231,6 +235,7 @@ def test_server_that_is_killed_is_started_again_and_every_line_is_answered(
     assert report.tokens is not None
     assert report.tokens.lower_bound
     assert report.tokens.useful.completion == summary.completion_tokens
+    assert Hosts(runtime).stop_idle() == ["smollm2-135m"]
     wait_until(lambda: not processes_with(str(runtime)), 20)
 
 

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from resources.engine import supervisor
+from resources.engine import processes
 from resources.engine.catalog import ModelEntry
 from resources.engine.endpoint import Endpoint
+from resources.engine.host_folder import HostFolder
 from resources.engine.protocol import EngineRequest, EngineResponse
 from resources.engine.vllm_server import VllmServer
 from resources.errors import EngineStartFailed
@@ -26,7 +28,7 @@ from tests.helpers import wait_until
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
-OWNER = """
+RUN = """
 import json, signal, sys
 from pathlib import Path
 from resources.engine.catalog import ModelEntry
@@ -34,7 +36,7 @@ from resources.engine.vllm_server import VllmServer
 folder = Path(sys.argv[1])
 server = VllmServer(ModelEntry.model_validate_json(sys.argv[2]), runtime_dir=folder, log_dir=folder)
 server.start()
-print(json.dumps({"supervisor": server.supervisor_pid}), flush=True)
+print(json.dumps({"host": server.host_pid, "warm": server.warm}), flush=True)
 signal.pause()
 """
 
@@ -59,15 +61,18 @@ def chat(server: VllmServer, content: object, model: str = "smollm2-135m") -> En
     return ask(server, "/v1/chat/completions", model=model, messages=messages, max_tokens=12, temperature=0)
 
 
-def our_record(folder: Path) -> supervisor.Record:
-    record = supervisor.read_record(supervisor.read_state(next((folder / "devices").glob("*.json"))))
+def our_record(folder: Path) -> processes.Record:
+    (path,) = (folder / "servers").iterdir()
+    events = HostFolder(path).events
+    record = events.read().record
+    events.close()
     assert record
     return record
 
 
-def members(record: supervisor.Record) -> list[int]:
+def members(record: processes.Record) -> list[int]:
     """Every process of the server's session, whoever it belongs to; seen with eyes of our own."""
-    return [p.pid for p in supervisor.processes() if record.pid in (p.session, p.group) and not p.dead]
+    return [p.pid for p in processes.processes() if record.pid in (p.session, p.group) and not p.dead]
 
 
 def locks_are_free(folder: Path) -> bool:
@@ -113,28 +118,53 @@ def test_an_argument_that_vllm_does_not_know_is_named(demo_entry: ModelEntry, fo
     server = VllmServer(entry, runtime_dir=folder, log_dir=folder)
     with pytest.raises(EngineStartFailed, match="unrecognized arguments: --no-such-argument=3"):
         server.start()
-    assert locks_are_free(folder)
+    wait_until(lambda: locks_are_free(folder))
 
 
-@pytest.mark.parametrize("victims", [["run"], ["supervisor"], ["run", "supervisor"]], ids="+".join)
-def test_a_sigkill_leaves_no_process_and_no_lock(demo_entry: ModelEntry, folder: Path, victims: list[str]) -> None:
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(folder), demo_entry.model_dump_json()],
+@contextmanager
+def run(folder: Path, entry: ModelEntry) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, Any]]]:
+    """A run in a process of its own whose server is up, and what it says."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(folder), entry.model_dump_json()],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
-        assert owner.stdout
-        with owner.stdout as out:
-            supervisor_pid = json.loads(out.readline())["supervisor"]
+        assert process.stdout
+        with process.stdout as out:
+            yield process, json.loads(out.readline())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def see_nothing_left(record: processes.Record, folder: Path) -> None:
+    wait_until(lambda: not members(record) and locks_are_free(folder), 30)
+    assert not list((folder / "servers").iterdir())
+
+
+def test_after_its_run_is_killed_a_server_is_warm_for_the_next_and_ends_after_the_last(
+    demo_entry: ModelEntry, folder: Path
+) -> None:
+    entry = demo_entry.model_copy(update={"keep_alive": 4})
+    with run(folder, entry) as (_, told):
+        assert not told["warm"]
+    record = our_record(folder)
+    with VllmServer(entry, runtime_dir=folder, log_dir=folder) as server:
+        server.start()
+        assert server.warm
+        assert chat(server, "What is the capital of France?").status == 200
+        assert our_record(folder) == record
+    see_nothing_left(record, folder)
+
+
+@pytest.mark.parametrize("victims", [["host"], ["run", "host", "server"]], ids="+".join)
+def test_a_sigkill_leaves_no_process_and_no_lock(demo_entry: ModelEntry, folder: Path, victims: list[str]) -> None:
+    with run(folder, demo_entry) as (process, told):
         record = our_record(folder)
         assert len(members(record)) >= 3  # the API server, its engine core, and at least one worker
-        pids = {"run": owner.pid, "supervisor": supervisor_pid}
+        pids = {"run": process.pid, "host": told["host"], "server": record.pid}
+        for victim in victims:
+            os.kill(pids[victim], signal.SIGSTOP)
         for victim in victims:
             os.kill(pids[victim], signal.SIGKILL)
-        if len(victims) == 2:
-            wait_until(lambda: record.pid not in members(record), 15)
-            supervisor.end_server(record)  # what the next start does first
-        wait_until(lambda: not members(record) and locks_are_free(folder), 15)
-    finally:
-        owner.kill()
-        owner.wait()
+        see_nothing_left(record, folder)

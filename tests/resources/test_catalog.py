@@ -1,10 +1,13 @@
 """models.yaml: what is read, and what is refused by name."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from resources.engine.catalog import Catalog, EngineKind, load_catalog
+from resources.chunk_store.fingerprint import fingerprint_inputs
+from resources.engine.catalog import AdapterEntry, Catalog, EngineKind, load_catalog
+from resources.engine.vllm_command import server_arguments
 from resources.errors import CatalogError
 
 
@@ -105,3 +108,28 @@ def test_missing_model_folder_is_a_problem_and_nothing_is_loaded(tmp_path: Path)
 def test_catalog_of_the_repository_is_valid() -> None:
     catalog = load_catalog(Path(__file__).resolve().parents[2] / "models.yaml")
     assert "smollm2-135m" in catalog.names
+
+
+def test_adapters_are_models_of_their_own_answered_by_their_base(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text("models: {base: {source: o/m, defaults: {seed: 1}, adapters: {legal: ./legal, chat: o/chat}}}")
+    catalog = load_catalog(path)
+    assert list(catalog.entries) == ["base", "legal", "chat"]
+    legal = catalog.get("legal")
+    assert isinstance(legal, AdapterEntry)
+    assert (legal.served_name, legal.defaults, legal.adapter) == ("legal", {"seed": 1}, str(tmp_path / "legal"))
+    assert legal.server_entry == catalog.get("base")
+    assert "no adapter at" in catalog.problems()["legal"]
+    assert fingerprint_inputs(legal)["adapter"] == {}
+    assert fingerprint_inputs(catalog.get("chat"))["adapter"] == "o/chat"
+    arguments = server_arguments(legal.server_entry)
+    at = arguments.index("--lora-modules")
+    assert [json.loads(text)["name"] for text in arguments[at + 1 : at + 3]] == ["legal", "chat"]
+    assert arguments[at - 1] == "--enable-lora"
+
+
+def test_an_adapter_with_the_name_of_a_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text("models: {base: {source: o/m, adapters: {other: o/a}}, other: {source: o/m}}")
+    with pytest.raises(CatalogError, match="`other` of model `other` is taken"):
+        load_catalog(path)

@@ -43,6 +43,15 @@ def test_run_that_was_killed_is_settled_by_what_is_committed(tmp_path: Path) -> 
     assert (booked.wasted_by_crash, booked.wasted_by_retry, booked.lower_bound) == (Tokens(8, 8), Tokens(), True)
 
 
+def test_life_shared_with_others_tells_nothing_of_our_waste(tmp_path: Path) -> None:
+    shared = life((1000, 1000), (10, 10))
+    shared.shared = True
+    Ledger(tmp_path, Tokens()).note([shared, life((8, 8), (7, 8))])
+    booked = booking(tmp_path, Tokens(17, 18))
+    assert booked is not None
+    assert (booked.wasted_by_retry, booked.lower_bound) == (Tokens(1, 0), True)
+
+
 def test_engine_that_tells_nothing_is_not_booked(tmp_path: Path) -> None:
     Ledger(tmp_path, Tokens()).note([])
     assert booking(tmp_path, Tokens(5, 5)) is None

@@ -498,3 +498,15 @@ def test_verify_finds_what_is_missing(tmp_path: Path) -> None:
     output = world.batch.output_dir / "output.jsonl"
     output.write_bytes(b"".join(output.read_bytes().splitlines(keepends=True)[:2]))
     assert verify_outputs(world.batch) == ["output.jsonl and errors.jsonl hold 2 lines, not 3"]
+
+
+# --- Many models ------------------------------------------------------------------------------------------------------
+
+
+def test_three_models_taking_turns_over_300_rows_are_started_once_each_the_warm_one_first(tmp_path: Path) -> None:
+    text = "".join(chat(f"r{n}", model="abc"[n % 3]) for n in range(300))
+    world = World(tmp_path, text)
+    starter = FakeStarter(FakeEngine(), warm=["b"])
+    world.run(starter, catalog_of("a", "b", "c"))
+    assert starter.started == ["b", "a", "c"]
+    assert ids(world.batch.output_dir / "output.jsonl") == [f"r{n}" for n in range(300)]

@@ -473,4 +473,6 @@ def test_help_of_every_command_has_an_example(path: tuple[str, ...]) -> None:
 
 def test_every_command_of_the_contract_is_there() -> None:
     wanted = "up down start stop run submit status results retry cancel validate doctor rm prune"
-    assert {(name,) for name in wanted.split()} | {("models", "list"), ("models", "check")} <= set(COMMANDS)
+    groups = {"models": ["list", "check", "pull"], "engine": ["status", "stop", "logs"]}
+    grouped = {(group, name) for group, names in groups.items() for name in names}
+    assert {(name,) for name in wanted.split()} | grouped <= set(COMMANDS)

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
+from resources.engine.hosts import Hosts
 from resources.errors import BatchError
 from resources.filesystem import refuse_remote_filesystem
 from resources.settings import load_settings, settings
@@ -43,6 +44,7 @@ def doctor() -> None:
         "runtime folder": lambda: str(settings().runtime_root),
         "models": _models,
         "targets": _targets,
+        "servers": _servers,
         "stack": _stack,
     }
     failed = 0
@@ -112,6 +114,12 @@ def _targets() -> str:
     targets = all_targets(settings())
     named = [f"{name} ({section})" for section in type(targets).model_fields for name in targets.names(section)]
     return ", ".join(named) or "none"
+
+
+def _servers() -> str:
+    hosts = Hosts(settings().runtime_root)
+    running = [f"{host.model} on {', '.join(host.devices)} ({host.state})" for host in hosts.status()]
+    return f"{', '.join(running) or 'none is up'}; {len(hosts.waiting())} runs wait"
 
 
 def _stack() -> str:

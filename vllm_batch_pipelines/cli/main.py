@@ -4,7 +4,7 @@ import logging
 
 import typer
 
-from vllm_batch_pipelines.cli import batches, doctor, manage, models, run, stack, webhooks
+from vllm_batch_pipelines.cli import batches, doctor, engine, manage, models, run, stack, webhooks
 
 app = typer.Typer(
     name="vllm-batch",
@@ -16,7 +16,7 @@ app = typer.Typer(
 )
 logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
-for module in (run, stack, batches, manage, models, webhooks, doctor):
+for module in (run, stack, batches, manage, models, engine, webhooks, doctor):
     module.register(app)
 
 if __name__ == "__main__":

@@ -18,9 +18,13 @@ from resources.batch_store.batch import Batch
 from resources.engine.catalog import Catalog, EngineKind
 from resources.engine.factory import EngineStarter
 from resources.errors import InputRefused
+from resources.pipeline import AnswerReport
 from resources.settings import settings
 from vllm_batch_pipelines.cli import common
 from vllm_batch_pipelines.cli.common import Exit
+
+KEEP_ALIVE_SECONDS = 60.0
+"""For how long a server stays that nobody but a lone run has asked for."""
 
 
 def register(app: typer.Typer) -> None:
@@ -79,7 +83,12 @@ def run(
                 named = escape(", ".join(names))
                 common.stderr.print(f"[yellow]Note:[/] {what} ({named}) only happens on the stack: `vllm-batch up`.")
         config = settings()
-        starter = EngineStarter(config.runtime_root, config.data_root / "logs" / "engines")
+        starter = EngineStarter(
+            config.runtime_root,
+            config.data_root / "logs" / "engines",
+            f"{batch.key}, vllm-batch run",
+            KEEP_ALIVE_SECONDS,
+        )
         stop = threading.Event()
         with batch.lock("vllm-batch run"), common.progress_bar() as progress:
             checked = pipeline.check(batch, catalog, recheck=mode is not Mode.RESUME, stop=stop, progress=progress)
@@ -111,6 +120,7 @@ def run(
             common.print_json(document)
         else:
             _tell(document)
+        _tell_of_servers(report, catalog)
     raise typer.Exit(Exit.WITH_ERRORS if published.failed else Exit.OK)
 
 
@@ -137,6 +147,16 @@ def _tell(document: dict[str, Any]) -> None:
     if counts["failed"]:
         print(f"  errors   {document['error_file']}")
     print(f"  rows     {document['results']}")
+
+
+def _tell_of_servers(report: AnswerReport, catalog: Catalog) -> None:
+    """One line, where a server of ours stays for the next run."""
+    kept = [model.model for model in report.models if model.engine == EngineKind.VLLM and model.asked]
+    if kept:
+        seconds = min(KEEP_ALIVE_SECONDS, catalog.get(kept[-1]).keep_alive)
+        common.stderr.print(
+            f"The server of {kept[-1]} stays warm for {seconds:.0f} s more; `vllm-batch engine stop` ends it now."
+        )
 
 
 def _codes(document: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ def test_a_secret_that_is_not_set_is_told_when_the_file_is_read(tmp_path: Path) 
         ({"url": "ftp://example.org/"}, "must begin with https"),
         ({"url": "https://"}, "must begin with https"),
         ({"url": "http://example.org/"}, "`allow_insecure: true`"),
-        ({"url": "https://user:very-secret@example.org/"}, "no user and password"),
+        ({"url": "https://user:very-secret@example.org/"}, "holds a password"),
         ({"url": "https://127.0.0.1/"}, "is a private address"),
         ({"url": "https://[::1]/"}, "is a private address"),
         ({"url": "https://169.254.169.254/latest/meta-data"}, "is a private address"),

@@ -12,6 +12,7 @@ import pytest
 from dagster import AssetKey
 
 from tests.helpers import PARTITIONS, ROOT, World, chat, new_instance, new_world, wait_until
+from vllm_batch_pipelines.processes import end_all, session_members, start_session
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -37,21 +38,20 @@ def environment(world: World) -> dict[str, str]:
 
 @contextmanager
 def daemon(world: World) -> Iterator[subprocess.Popen[bytes]]:
+    """Ended with its code servers, which outlive a daemon that only gets a signal."""
     command = [sys.executable, "-m", "dagster._daemon", "run", "-w", WORKSPACE]
-    with (
-        (world.root / "daemon.log").open("wb") as log,
-        subprocess.Popen(
-            command, env=environment(world), cwd=ROOT, stdout=log, stderr=log, start_new_session=True
-        ) as process,
-    ):
-        try:
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    process, identity = start_session(command, environment(world), world.root / "daemon.log")
+    try:
+        yield process
+    finally:
+        mark = f"DAGSTER_HOME={world.instance.root_directory}"
+
+        def members() -> list[int]:
+            process.poll()
+            return session_members(identity, mark)
+
+        end_all(members, lambda: 5)
+        process.wait(10)
 
 
 def test_both_code_locations_load(world: World) -> None:

@@ -103,6 +103,8 @@ class HostFolder:
     def describe(self, **spec: Any) -> None:
         """Make the folder one of a host that is about to be started."""
         self.leases_dir.mkdir(mode=0o700)
+        self.events.path.touch(mode=0o600)
+        self.events.read()  # open: what a host says that ends at once, folder and all, is heard
         self._write("spec.json", json.dumps(spec))
 
     @property

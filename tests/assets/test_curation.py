@@ -142,4 +142,6 @@ def test_the_night_reads_everything(reviewed_world: tuple[World, Reviewing]) -> 
 
 def test_curation_is_nowhere_in_the_definitions_until_it_is_set(world: World) -> None:
     names = {key.to_user_string() for key in world.definitions.resolve_all_asset_keys()}
-    assert names == {"batch_requests", "batch_results", "batch_output"}
+    assert {name for name in names if not name.startswith("models/")} == {
+        "batch_requests", "batch_results", "batch_output",
+    }  # fmt: skip

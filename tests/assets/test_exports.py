@@ -156,12 +156,12 @@ def test_without_targets_there_is_no_such_asset(tmp_path: Path, instance: Dagste
         assert AssetKey("exports") not in world.definitions.resolve_asset_graph().get_all_asset_keys()
 
 
-def test_a_secret_that_is_missing_is_told_when_the_definitions_are_loaded(
+def test_a_secret_that_is_missing_leaves_the_definitions_whole_and_is_told_by_who_needs_it(
     tmp_path: Path, instance: DagsterInstance
 ) -> None:
     (tmp_path / "targets.yaml").write_text("exports: {x: {url: '${NOT_SET_ANYWHERE}', table: t}}")
     with (
+        new_world(tmp_path, instance) as world,
         pytest.raises(SettingsError, match=r"`exports.x.url` needs the environment variable NOT_SET_ANYWHERE"),
-        new_world(tmp_path, instance),
     ):
-        pass
+        load_targets(world.settings.targets_file)

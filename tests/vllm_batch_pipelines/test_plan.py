@@ -15,7 +15,6 @@ from resources.engine.factory import EngineStarter
 from tests.helpers import FakeEngine, FakeStarter, chat, chats
 from vllm_batch_pipelines.plan import HELD_SECONDS, Plan
 
-NOW = datetime.now(UTC)
 MODELS = ("a", "b", "c")
 
 
@@ -44,7 +43,7 @@ class Place:
         """Of those that wait, oldest first, the ones whose turn it is."""
         keys = [[batch.key for batch in some] for some in (running, waiting)]
         plan = Plan(self.store, self.catalog, cast(EngineStarter, machine), *keys)
-        return [batch for batch in waiting if plan.reason_to_wait(batch, NOW) is None]
+        return [batch for batch in waiting if plan.reason_to_wait(batch, datetime.now(UTC)) is None]
 
 
 @pytest.fixture
@@ -80,7 +79,7 @@ def test_nobody_waits_for_longer_than_the_limit(place: Place) -> None:
     plan = Plan(place.store, place.catalog, cast(EngineStarter, Machine()), [running.key], [other.key])
     reason = plan.reason_to_wait(other, datetime.now(UTC))
     assert reason == "waits for the batches of a, 10 min at most"
-    assert plan.reason_to_wait(other, NOW - timedelta(seconds=HELD_SECONDS + 1)) is None
+    assert plan.reason_to_wait(other, datetime.now(UTC) - timedelta(seconds=HELD_SECONDS + 1)) is None
 
 
 def test_as_many_models_as_the_devices_hold(place: Place) -> None:

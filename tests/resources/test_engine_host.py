@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def test_without_a_lease_for_its_time_the_host_ends_the_server_and_itself(world:
 
 def test_a_lone_run_keeps_the_server_for_less_and_never_for_more_than_the_entry_says(world: EngineWorld) -> None:
     common: dict[str, Any] = {"runtime_dir": world.folder, "log_dir": world.folder}
-    command = {"command": ["python", "-S", str(world.stand_in)]}
+    command = {"command": [sys.executable, "-S", str(world.stand_in)]}
     entry = ModelEntry(name="m", source="o/m", keep_alive=300)
     with VllmServer(entry, keep_alive=60, **common, **command) as server:
         server.start()

@@ -147,8 +147,9 @@ def test_who_restarts_has_the_server_alone_and_others_wait_until_it_is_done(worl
     one.restart()
     assert not one.shared
     second = Starting(two)
+    second.says("in use by one")
     newcomer = Starting(world.server(who="newcomer", keep_alive=60))
-    newcomer.says("in use by one")
+    wait_until(lambda: newcomer.lines)
     assert second.waits
     assert not one.shared
     one.release()

@@ -3,8 +3,6 @@
 import ipaddress
 import re
 import urllib.request
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +13,7 @@ from yarl import URL
 
 from resources.engine.protocol import EngineRequest, EngineResponse, Load, TransportFailure
 from resources.errors import SettingsError
+from resources.retry_after import retry_after_seconds
 
 MAX_RESPONSE_BYTES = 256 * 1024 * 1024
 CONNECT_SECONDS = 30.0
@@ -119,7 +118,7 @@ class Endpoint:
             status=response.status,
             body=body,
             request_id=response.headers.get("X-Request-Id") or request.request_id,
-            retry_after=_retry_after(response.headers.get("Retry-After")),
+            retry_after=retry_after_seconds(response.headers.get("Retry-After")),
         )
 
     async def load(self) -> Load | None:
@@ -213,18 +212,3 @@ def _one_line(raw: bytes) -> bytes | None:
         return msgspec.json.format(raw, indent=-1) if b"\n" in raw or b"\r" in raw else raw
     except (UnicodeDecodeError, msgspec.DecodeError):
         return None
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds to wait: RFC 9110, 10.2.3, a number of seconds or a date."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            when = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-        seconds = (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return max(0.0, seconds) if seconds < float("inf") else None

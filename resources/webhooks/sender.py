@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +20,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
+from resources.retry_after import retry_after_seconds
 from resources.webhooks.address import AddressRefused, GuardedResolver, is_public
 from resources.webhooks.signing import legacy_headers, signed_headers
 from resources.webhooks.target import WebhookTarget, is_literal
@@ -129,7 +129,7 @@ class Sender:
             async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
                 status = response.status
                 error = await _read_error(response)
-                retry_after = _retry_after(response.headers.get("Retry-After"))
+                retry_after = retry_after_seconds(response.headers.get("Retry-After"))
             is_final = not (status in _TRIED_AGAIN or status >= 500)
         except TimeoutError:
             error = f"no answer within {target.timeout:g} s"
@@ -185,21 +185,6 @@ async def _read_error(response: aiohttp.ClientResponse) -> str | None:
     shown = " ".join(said.split())
     kind = "redirects are not followed" if 300 <= response.status < 400 else shown
     return f"HTTP {response.status}: {kind}" if kind else f"HTTP {response.status}"
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a `Retry-After` (RFC 9110, 10.2.3): a number, with decimals too, as Discord writes it, or a date."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            at = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-        seconds = (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return max(0.0, seconds) if seconds == seconds else None
 
 
 def _wait_seconds(attempt: int, retry_after: float | None) -> float:

@@ -194,7 +194,7 @@ def test_retry_after_as_a_date(ahead: float, least: float, most: float) -> None:
     assert least <= response.retry_after <= most
 
 
-@pytest.mark.parametrize("value", ["soon", "nan", "inf", ""])
+@pytest.mark.parametrize("value", ["soon", "nan", ""])
 def test_retry_after_that_says_nothing_is_none(value: str) -> None:
     assert ask(answer("{}", 429, Retry_After=value)).retry_after is None
 

@@ -6,7 +6,6 @@ is done already is found and left alone. The caller holds the batch's lock; each
 """
 
 import json
-import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -151,8 +150,8 @@ def publish(batch: Batch, *, stop: threading.Event | None = None, progress: Prog
         if not current:
             raise BatchError(f"{batch.key}: it has no complete results yet; materialize batch_results first.")
         revision = "-".join(str(entry["revision"]) for entry in current.values()) or "0"
-        name = f"{revision}-{secrets.token_hex(6)}"
         durable.make_folder(batch.outputs_dir)
+        name = f"{revision}-{batch.next_revision_number():x}"
         temporary = durable.temporary_beside(batch.outputs_dir / name)
         try:
             summary = write_to(batch, temporary, current, "batch_expired", stop or threading.Event(), tell)

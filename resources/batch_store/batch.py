@@ -16,6 +16,7 @@ label_studio/<target>.jsonl  which lines are tasks in Label Studio
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,6 +163,12 @@ class Batch:
         summary = self.output_summary()
         return summary is not None and bool(self.current()) and summary.get("generations") == self.current()
 
+    def next_revision_number(self) -> int:
+        """For the outputs about to be published: nanoseconds since 1970, and greater than that of any before, also
+        where the clock was set back."""
+        last = revision_number(self.output_dir.resolve()) if self.output_dir.is_symlink() else 0
+        return max(time.time_ns(), last + 1)
+
     def deadline(self) -> datetime | None:
         """The moment after which nothing more is asked, in UTC."""
         return self.spec.options.deadline_at(self.spec.registered_at)
@@ -169,6 +176,11 @@ class Batch:
     def is_pruned(self) -> bool:
         """Whether the snapshot was removed to free space."""
         return not self.input_path.exists()
+
+
+def revision_number(folder: Path) -> int:
+    """Greater for a later revision of the outputs. It ends the name of its folder, in hex."""
+    return int(folder.name.rpartition("-")[2], 16)
 
 
 def read_spec(root: Path) -> BatchSpec:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from resources.batch_store.batch import Batch
+from resources.batch_store.batch import Batch, revision_number
 from resources.chunk_store.schema import RESULTS
 from resources.errors import BatchError
 from resources.exports.rows import REVISION, Rows
@@ -53,8 +53,8 @@ class Published:
 
     @property
     def number(self) -> int:
-        """Greater for a later revision: nanoseconds since 1970, as they stand in the name."""
-        return int(self.revision.rpartition("-")[2], 16)
+        """Greater for a later revision."""
+        return revision_number(self.folder)
 
     @cached_property
     def summary(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from resources import durable, failpoints, pipeline
 from resources.answering import Mode
-from resources.batch_store.batch import Batch
+from resources.batch_store.batch import Batch, revision_number
 from resources.batch_store.outputs import OutputSummary, verify_outputs
 from resources.batch_store.status import status_of
 from resources.batch_store.store import BatchStore
@@ -223,11 +223,14 @@ def test_file_that_does_not_fit_is_not_registered(world: World, tmp_path: Path) 
 
 def test_clock_that_jumps_back_changes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.run()
+    revisions = [revision_number(world.batch.output_dir.resolve())]
     monkeypatch.setattr(time, "time", lambda: 1_000_000.0)
     monkeypatch.setattr(time, "time_ns", lambda: 10**15)
     for text in ("second", "third"):
         world.run(lambda request, text=text: ok(request, text), Mode.RESTART)
         assert world.texts() == [text] * LINES
+        revisions.append(revision_number(world.batch.output_dir.resolve()))
+    assert revisions == sorted(set(revisions))
     summary, asked = world.run()
     assert (summary.succeeded, asked) == (LINES, [])
 

@@ -16,13 +16,14 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import commit_cost, continuous, main_path, ordering, overhead, report
+from benchmarks import commit_cost, continuous, main_path, ordering, overhead, report, warm
 from benchmarks.common import RESULTS, Report, say
 
 PARTS: dict[str, tuple[Callable[[bool, float], Report], float]] = {
     "continuous": (continuous.run, 15 * 60),
     "commit_cost": (commit_cost.run, 3 * 60),
     "ordering": (ordering.run, 5 * 60),
+    "warm": (warm.run, 0),
     "overhead": (overhead.run, 90),
     "main_path": (main_path.run, 0),
 }

@@ -113,10 +113,20 @@ def test_media_is_not_fetched(vllm_server: VllmServer) -> None:
     assert 400 <= response.status < 500
 
 
-def test_an_argument_that_vllm_does_not_know_is_named(demo_entry: ModelEntry, folder: Path) -> None:
-    entry = demo_entry.model_copy(update={"engine_args": {"no_such_argument": 3}})
+@pytest.mark.parametrize(
+    ("update", "said"),
+    [
+        ({"engine_args": {"no_such_argument": 3}}, "unrecognized arguments: --no-such-argument=3"),
+        ({"env": {"VLLM_CPU_KVCACHE_SPACE": "4000"}}, "is less than requested memory for kv"),
+    ],
+    ids=["a wrong argument", "too little memory"],
+)
+def test_why_a_server_does_not_start_is_told_in_the_words_of_vllm(
+    demo_entry: ModelEntry, folder: Path, update: dict[str, Any], said: str
+) -> None:
+    entry = demo_entry.model_copy(update=update)
     server = VllmServer(entry, runtime_dir=folder, log_dir=folder)
-    with pytest.raises(EngineStartFailed, match="unrecognized arguments: --no-such-argument=3"):
+    with pytest.raises(EngineStartFailed, match=said):
         server.start()
     wait_until(lambda: locks_are_free(folder))
 

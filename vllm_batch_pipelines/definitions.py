@@ -6,6 +6,7 @@ from assets.batch_output import batch_output
 from assets.batch_requests import batch_requests
 from assets.batch_results import batch_results
 from assets.exports import exports
+from assets.gold_star_feeds import gold_star_events, gold_star_tables
 from assets.gold_stars import gold_star_datasets, gold_stars, label_studio_annotations
 from assets.handlers import handler_assets
 from assets.label_studio import label_studio_tasks
@@ -27,6 +28,7 @@ from vllm_batch_pipelines.sensors import SENSORS, WEBHOOK_SENSORS
 _settings = settings()
 _models = model_assets(catalog_as_it_is(_settings.models_file))
 _webhooks = webhooks_enabled(_settings)
+_exports = has_targets(_settings, "exports")
 _curation = is_curation_on(_settings, has_targets(_settings, "label_studio"))
 
 defs = Definitions(
@@ -36,9 +38,11 @@ defs = Definitions(
         downstream_of(batch_results, _models),
         batch_output,
         *([webhook_deliveries] if _webhooks else []),
-        *([exports] if has_targets(_settings, "exports") else []),
+        *([exports] if _exports else []),
         *handler_assets(_settings.result_handlers, _settings.handler_timeout),
         *([label_studio_tasks, label_studio_annotations, gold_stars, *gold_star_datasets] if _curation else []),
+        *([gold_star_events] if _curation and _webhooks else []),
+        *([gold_star_tables] if _curation and _exports else []),
     ],
     resources={
         "store": BatchStoreResource(data_root=str(_settings.data_root)),

@@ -1,7 +1,6 @@
 """Schemas, answers and datasets without a server."""
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from resources.errors import CurationError, SettingsError
-from resources.label_studio.annotations import AnnotationRow
 from resources.label_studio.answers import final_text, from_regions, prefill, to_regions
 from resources.label_studio.connection import connection_of, is_curation_on
 from resources.label_studio.datasets import fill, in_validation, without_duplicates, write_dataset
@@ -19,19 +17,11 @@ from resources.label_studio.label_config import lost_controls, make_label_config
 from resources.label_studio.schema import SHIPPED, CurationSchema, load_schema
 from resources.settings import Settings
 from resources.targets import load_targets
+from tests.reviewing import star
 
 CANDIDATE = load_schema("candidate_evaluation")
 GENERIC = load_schema("generic")
 ANSWER = {"recommendation": "MAYBE", "reasoning": "Young, but good.", "company_pedigree": 3}
-
-
-def star(line: int = 1, **fields: Any) -> AnnotationRow:
-    now = datetime(2026, 11, 1, tzinfo=UTC)
-    row = AnnotationRow(
-        line, line, "1", now, now, False, True, True, False, 4.0, f"a{line}", f"a{line}", "{}", "{}", "b", line,
-        f"r{line}", "m", "m/f", "generic", f"q{line}", "", "[]",
-    )  # fmt: skip
-    return row._replace(**fields)
 
 
 def schema(**changes: Any) -> CurationSchema:

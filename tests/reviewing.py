@@ -20,9 +20,9 @@ from resources.label_studio.answers import to_regions
 from resources.label_studio.client import LabelStudioClient
 from resources.label_studio.connection import Connection
 from resources.label_studio.importing import ImportReport, import_batch
+from resources.label_studio.local_server import Server
 from resources.label_studio.reviews import Reviews, ReviewState, SyncReport, has_news, sync_reviews
 from resources.label_studio.schema import CurationSchema, load_schema
-from scripts.label_studio import Server
 from tests.helpers import Asked, Reply, chat, ok
 
 Json = dict[str, Any]

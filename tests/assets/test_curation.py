@@ -13,9 +13,9 @@ import pytest
 import yaml
 from dagster import AssetKey, DagsterInstance, ExecuteInProcessResult, SensorResult, build_sensor_context
 
+from resources.label_studio.local_server import Server
 from resources.label_studio.reviews import open_reviews
 from resources.webhooks.target import STARS
-from scripts.label_studio import Server
 from tests.helpers import World, chat, new_world, read_jsonl
 from tests.receiver import SECRET, Receiver
 from tests.reviewing import Reviewing

@@ -166,6 +166,28 @@ def test_a_system_prompt_is_the_instruction_of_alpaca_and_the_first_message_of_c
     assert [message["role"] for message in json.loads(chat.read_text())["messages"]] == ["system", "user", "assistant"]
 
 
+def test_turns_before_the_prompt_stay_with_it(tmp_path: Path) -> None:
+    def said(*texts: str) -> str:
+        roles = ["system", *["user", "assistant"] * 3]
+        return json.dumps([{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)])
+
+    cat = star(1, prompt="Its name?", system="s", conversation=said("s", "My cat is Mochi.", "Nice.", "Its name?"))
+    dog = star(2, prompt="Its name?", system="s", conversation=said("s", "My dog is Rex.", "Nice.", "Its name?"))
+    alone = star(3, system="s", conversation=said("s", "q3"))
+    tool = star(4, conversation=json.dumps([{"role": "user", "content": "u"}, {"role": "tool", "content": "7"}] * 2))
+
+    def written(form: Any) -> list[Any]:
+        made = write_dataset(tmp_path, "t", GENERIC, [cat, dog, alone, tool], form, 0.0)
+        return [json.loads(line) for line in (made.folder / "train.jsonl").read_text().splitlines()]
+
+    assert [[message["content"] for message in line["messages"]] for line in written("chat")] == [
+        ["s", "My cat is Mochi.", "Nice.", "Its name?", "a1"],
+        ["s", "My dog is Rex.", "Nice.", "Its name?", "a2"],
+        ["s", "q3", "a3"],
+    ]
+    assert [line["output"] for line in written("alpaca")] == ["a3"]
+
+
 def test_the_best_examples_come_first_and_only_so_many(tmp_path: Path) -> None:
     mine = GENERIC.model_copy(update={"export": GENERIC.export.model_copy(update={"icl_examples": 2})})
     rows = [star(1, rating=2.0), star(2, rating=5.0), star(3, rating=3.0)]

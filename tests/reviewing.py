@@ -84,10 +84,16 @@ class Reviewing:
 
     # What is on the server, asked without our client.
 
+    def has_project(self) -> bool:
+        return bool(self._projects())
+
+    def _projects(self) -> list[Json]:
+        found = self.server.ask("GET", f"/api/projects/?page_size=1000&title={self.title.replace(' ', '%20')}")
+        return found["results"]  # type: ignore[no-any-return]
+
     @property
     def project(self) -> Json:
-        found = self.server.ask("GET", f"/api/projects/?page_size=1000&title={self.title.replace(' ', '%20')}")
-        (project,) = found["results"]
+        (project,) = self._projects()
         return self.server.ask("GET", f"/api/projects/{project['id']}/")  # type: ignore[no-any-return]
 
     def tasks(self) -> list[Json]:

@@ -60,11 +60,11 @@ class Account:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server."""
+    """A running server; `process` where it is a child of ours."""
 
     url: str
     account: Account
-    process: "subprocess.Popen[bytes]"
+    process: "subprocess.Popen[bytes] | None" = None
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """One request with the legacy token; the reply's JSON."""
@@ -222,6 +222,7 @@ def start() -> None:
             f"VLLM_BATCH_LABEL_STUDIO_PROJECT={PROJECT}\n\nCtrl-C stops it; what was reviewed stays in {folder}.",
             flush=True,
         )
+        assert server.process is not None
         with suppress(KeyboardInterrupt):
             server.process.wait()
 

@@ -63,6 +63,9 @@ class Settings(BaseSettings):
     enable_curation: bool | None = Field(
         None, description="Label Studio import and gold stars. Default: on where a Label Studio is set."
     )
+    enable_monitoring: bool = Field(
+        False, description="Observe disk, model servers, runs and what waits, every five minutes."
+    )
     dagster_home: Path | None = Field(
         None, validation_alias="DAGSTER_HOME", description="Dagster's home. Default: <data>/dagster."
     )

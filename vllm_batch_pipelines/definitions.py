@@ -20,7 +20,7 @@ from resources.label_studio.resource import LabelStudioResource
 from resources.settings import settings
 from resources.targets import has_targets, webhooks_enabled
 from resources.webhooks.resource import WebhooksResource
-from vllm_batch_pipelines import curation
+from vllm_batch_pipelines import curation, monitoring
 from vllm_batch_pipelines.jobs import JOBS, WEBHOOK_JOBS
 from vllm_batch_pipelines.schedules import SCHEDULES
 from vllm_batch_pipelines.sensors import SENSORS, WEBHOOK_SENSORS
@@ -43,6 +43,7 @@ defs = Definitions(
         *([label_studio_tasks, label_studio_annotations, gold_stars, *gold_star_datasets] if _curation else []),
         *([gold_star_events] if _curation and _webhooks else []),
         *([gold_star_tables] if _curation and _exports else []),
+        *([monitoring.machine] if _settings.enable_monitoring else []),
     ],
     resources={
         "store": BatchStoreResource(data_root=str(_settings.data_root)),
@@ -58,7 +59,12 @@ defs = Definitions(
         **({"label_studio": LabelStudioResource(data_root=str(_settings.data_root))} if _curation else {}),
     },
     jobs=[*JOBS, *(WEBHOOK_JOBS if _webhooks else []), *(curation.JOBS if _curation else [])],
-    sensors=[*SENSORS, *(WEBHOOK_SENSORS if _webhooks else []), *(curation.SENSORS if _curation else [])],
+    sensors=[
+        *SENSORS,
+        *(WEBHOOK_SENSORS if _webhooks else []),
+        *(curation.SENSORS if _curation else []),
+        *(monitoring.SENSORS if _settings.enable_monitoring else []),
+    ],
     schedules=[*SCHEDULES, *(curation.SCHEDULES if _curation else [])],
     # In this process: the engine is one of its own anyway. Retries live inside the work, so no RetryPolicy anywhere.
     executor=in_process_executor,

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dagster import AssetKey
 
 from resources.label_studio import local_server
 from tests.e2e.test_stack import Stack
 from tests.helpers import AnsweringServer, chats, read_jsonl, wait_until
 from tests.receiver import closed_port
 from tests.reviewing import Reviewing
+from vllm_batch_pipelines.stack import instance_env
 
 pytestmark = [pytest.mark.e2e, pytest.mark.label_studio, pytest.mark.timeout(900)]
 
@@ -25,7 +27,7 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
     local_server.install()
     monkeypatch.setenv("VLLM_BATCH_LABEL_STUDIO_PORT", str(closed_port()))
     with tempfile.TemporaryDirectory(prefix="vb-") as made, AnsweringServer() as server:
-        stack = Stack(Path(made), server, options=("--with-curation",))
+        stack = Stack(Path(made), server, options=("--with-curation", "--enable-monitoring"))
         stack.file("models.yaml", yaml.safe_dump({"models": {"dry-run": {"engine": "null"}}}))
         try:
             stack.up()
@@ -72,6 +74,11 @@ def test_a_dropped_file_is_reviewed_and_becomes_a_dataset(stack: Stack) -> None:
     wait_until((latest / "card.json").exists, 200)
     (line,) = read_jsonl(latest / "train.jsonl") + read_jsonl(latest / "validation.jsonl")
     assert line["messages"][-1] == {"role": "assistant", "content": "mended"}
+
+    with instance_env(stack.settings) as instance:
+        (observed,) = instance.fetch_observations(AssetKey("machine"), 1).records
+    assert observed.asset_observation is not None
+    assert {"disk_free_gb", "runs_in_progress"} <= observed.asset_observation.metadata.keys()
 
     secrets = (account.password.encode(), account.token.encode())
     commands = [command_line(file) for file in Path("/proc").glob("[0-9]*/cmdline")]

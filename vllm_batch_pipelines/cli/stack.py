@@ -26,6 +26,9 @@ def up(
     with_curation: Annotated[
         bool, typer.Option("--with-curation", help="Start a local Label Studio too, and review results there.")
     ] = False,
+    enable_monitoring: Annotated[
+        bool, typer.Option("--enable-monitoring", help="Note disk, servers, runs and what waits every five minutes.")
+    ] = False,
     workspace: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="A workspace file of your own, with further locations."),
@@ -43,10 +46,9 @@ def up(
     """
     from vllm_batch_pipelines.stack import Stack
 
-    if enable_webhooks:
-        os.environ["VLLM_BATCH_ENABLE_WEBHOOKS"] = "true"  # for the web server, the daemon and every run
-    if enable_curation:
-        os.environ["VLLM_BATCH_ENABLE_CURATION"] = "true"
+    flags = {"WEBHOOKS": enable_webhooks, "CURATION": enable_curation or with_curation, "MONITORING": enable_monitoring}
+    for name in (name for name, is_on in flags.items() if is_on):
+        os.environ[f"VLLM_BATCH_ENABLE_{name}"] = "true"  # for the web server, the daemon and every run
     with _errors_for_people():
         if with_curation:
             _set_local_label_studio(load_settings())
@@ -70,7 +72,6 @@ def _set_local_label_studio(settings: Settings) -> None:
     os.environ["VLLM_BATCH_LABEL_STUDIO_URL"] = url
     os.environ["VLLM_BATCH_LABEL_STUDIO_API_KEY"] = local_server.Account.of(folder).token
     os.environ["VLLM_BATCH_LABEL_STUDIO_PROJECT"] = settings.label_studio_project or local_server.PROJECT
-    os.environ["VLLM_BATCH_ENABLE_CURATION"] = "true"
 
 
 def down() -> None:

@@ -106,7 +106,7 @@ class Reviews:
         for number in range(after + 1, last + 1):
             path = self._changes_path(number)
             if path.exists():
-                for line in path.read_text("utf-8").splitlines():
+                for line in path.read_bytes().splitlines():  # a text would also end a line at U+2028 and the like
                     yield {"number": number, **json.loads(line)}
 
     @contextmanager

@@ -79,6 +79,14 @@ def test_nothing_is_noted_while_nobody_listens(reviews: Reviews, tmp_path: Path)
     assert announce_changes(reviews, deliveries(tmp_path, "mirror")) == {"mirror": 1}
 
 
+def test_signs_that_end_a_line_elsewhere_are_part_of_an_answer(reviews: Reviews, tmp_path: Path) -> None:
+    made = deliveries(tmp_path, "mirror")
+    read_stars(reviews, star(1, final_response="one\u2028two\u0085three\r\nfour"))
+    assert announce_changes(reviews, made) == {"mirror": 1}
+    (event,) = [one.event for one in made.outbox.waiting("mirror")]
+    assert event.data["final_response"] == "one\u2028two\u0085three\r\nfour"
+
+
 def test_reviews_that_were_never_read_tell_nothing(reviews: Reviews, tmp_path: Path) -> None:
     assert announce_changes(reviews, deliveries(tmp_path, "mirror")) == {}
 

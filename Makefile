@@ -35,10 +35,10 @@ up: venv ## start the stack: web UI, daemon, database (Ctrl-C stops all of it)
 	@exec $(BIN)/vllm-batch up
 
 label-studio: venv ## start a Label Studio of your own on 127.0.0.1, with a user and a token (Ctrl-C stops it)
-	@exec $(BIN)/python scripts/label_studio.py start
+	@exec $(BIN)/python -m resources.label_studio.local_server start
 
 label-studio-venv: venv ## install Label Studio into .label-studio/ (about 4 minutes, once)
-	@$(BIN)/python scripts/label_studio.py install
+	@$(BIN)/python -m resources.label_studio.local_server install
 
 test: venv demo-model test-models label-studio-venv ## all tests, those with a real vLLM and a real Label Studio included
 	@$(BIN)/pytest

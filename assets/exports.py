@@ -1,6 +1,7 @@
 """exports: the outputs of a batch in the object stores and tables that its options name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from dagster import (
@@ -10,6 +11,7 @@ from dagster import (
     AssetExecutionContext,
     Failure,
     MaterializeResult,
+    TableMetadataValue,
     asset,
 )
 
@@ -49,23 +51,8 @@ def exports(
     with failures_for_people(context):
         batch = store.store().get(context.partition_key)
     names = dict.fromkeys(batch.spec.options.exports)
-    done: list[dict[str, Any]] = []
-    failed: dict[str, str] = {}
-    for name in names:
-        try:
-            written = export_targets.export(batch.key, name, _hear(context, name))
-        except BatchError as error:
-            failed[name] = str(error)
-            context.log.error(f"{name}: {error}")  # noqa: TRY400 (the message says it all)
-            continue
-        done.append(_row(name, written))
-        context.log.info(
-            f"{name}: {written.there} rows in {written.where}" + ("" if written.changed else ", as before")
-        )
-        if written.there != written.rows:
-            failed[name] = f"{written.where} has {written.there} rows of {written.rows}"
-    problems = "; ".join(f"{name}: {message}" for name, message in failed.items())
-    targets = table(done, ["target", "where", "rows", "there", "written now"])
+    targets, failed = export_each(context, {name: partial(export_targets.export, batch.key, name) for name in names})
+    problems = "; ".join(failed)
     yield AssetCheckResult(
         check_name="exported",
         passed=not failed,
@@ -84,6 +71,28 @@ def exports(
     if note:
         context.log.info(note)
     yield MaterializeResult(metadata={"targets": targets} | ({"note": note} if note else {}))
+
+
+def export_each(
+    context: AssetExecutionContext, wanted: Mapping[str, Callable[[Callable[[Any], None]], Written]]
+) -> tuple[TableMetadataValue, list[str]]:
+    """Do all of these exports, each called with what hears of its progress; what is where, and what failed and why."""
+    done: list[dict[str, Any]] = []
+    failed: list[str] = []
+    for name, export in wanted.items():
+        try:
+            written = export(_hear(context, name))
+        except BatchError as error:
+            failed.append(f"{name}: {error}")
+            context.log.error(failed[-1])  # noqa: TRY400 (the message says it all)
+            continue
+        done.append(_row(name, written))
+        context.log.info(
+            f"{name}: {written.there} rows in {written.where}" + ("" if written.changed else ", as before")
+        )
+        if written.there != written.rows:
+            failed.append(f"{name}: {written.where} has {written.there} rows of {written.rows}")
+    return table(done, ["target", "where", "rows", "there", "written now"]), failed
 
 
 def _row(name: str, written: Written) -> dict[str, Any]:

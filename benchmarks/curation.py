@@ -24,6 +24,7 @@ from resources.batch_store.batch import Batch
 from resources.batch_store.store import BatchStore
 from resources.engine.catalog import Catalog, EngineKind, ModelEntry
 from resources.engine.factory import EngineStarter
+from resources.label_studio import local_server
 from resources.label_studio.client import LabelStudioClient
 from resources.label_studio.connection import Connection
 from resources.label_studio.importing import PAGE_ROWS, import_batch
@@ -32,7 +33,6 @@ from resources.label_studio.project import open_project
 from resources.label_studio.reviews import Reviews, has_news, sync_reviews
 from resources.label_studio.schema import load_schema
 from resources.label_studio.tasks import fill_in, make_task, review_rows
-from scripts import label_studio
 
 SCHEMA = load_schema("generic")
 
@@ -43,11 +43,11 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
 ) -> None:
     """Measure the import and the sensor's look."""
-    label_studio.install()
+    local_server.install()
     with tempfile.TemporaryDirectory(prefix="vb-bench-", dir="/tmp") as made:
         work = Path(made)
-        label_studio.copy_of_empty(work / "server")
-        with label_studio.running(work / "server") as server:
+        local_server.copy_of_empty(work / "server")
+        with local_server.running(work / "server") as server:
             batch = finished_batch(work, rows)
             figures: dict[str, list[float]] = {"sdk": [], "ours": []}
             for number in range(rounds):
@@ -87,7 +87,7 @@ def finished_batch(work: Path, rows: int) -> Batch:
     return batch
 
 
-def sdk_import(server: label_studio.Server, batch: Batch, title: str) -> float:
+def sdk_import(server: local_server.Server, batch: Batch, title: str) -> float:
     """The same tasks through the SDK's own call; making them is not counted."""
     from label_studio_sdk import LabelStudio
 
@@ -100,7 +100,7 @@ def sdk_import(server: label_studio.Server, batch: Batch, title: str) -> float:
     return time.perf_counter() - started
 
 
-def our_import(server: label_studio.Server, batch: Batch, work: Path, title: str) -> float:
+def our_import(server: local_server.Server, batch: Batch, work: Path, title: str) -> float:
     connection = _connection(server, title)
     with batch.lock("a benchmark"), LabelStudioClient(connection) as client:
         started = time.perf_counter()
@@ -111,7 +111,7 @@ def our_import(server: label_studio.Server, batch: Batch, work: Path, title: str
     return took
 
 
-def annotations(server: label_studio.Server, batch: Batch, work: Path) -> dict[str, Any]:
+def annotations(server: local_server.Server, batch: Batch, work: Path) -> dict[str, Any]:
     """A project where every task is annotated: look as the sensor does, read all, and look again."""
     connection = _connection(server, "annotated")
     reviews = Reviews(work / "curation", "annotated")
@@ -137,7 +137,7 @@ def annotations(server: label_studio.Server, batch: Batch, work: Path) -> dict[s
     }
 
 
-def _connection(server: label_studio.Server, title: str) -> Connection:
+def _connection(server: local_server.Server, title: str) -> Connection:
     return Connection(title, server.url, title, SCHEMA, SecretStr(server.account.token), 120)
 
 

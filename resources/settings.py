@@ -57,8 +57,14 @@ class Settings(BaseSettings):
     label_studio_project: str | None = Field(
         None, min_length=1, description="Project for batches that name no target. Default: they are not reviewed."
     )
+    label_studio_port: int = Field(
+        8080, ge=1, le=65535, description="Port of the local Label Studio (`up --with-curation`, `make label-studio`)."
+    )
     enable_curation: bool | None = Field(
         None, description="Label Studio import and gold stars. Default: on where a Label Studio is set."
+    )
+    enable_monitoring: bool = Field(
+        False, description="Observe disk, model servers, runs and what waits, every five minutes."
     )
     dagster_home: Path | None = Field(
         None, validation_alias="DAGSTER_HOME", description="Dagster's home. Default: <data>/dagster."
@@ -74,7 +80,7 @@ class Settings(BaseSettings):
     def _split_roots(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
 
-    @field_validator("webhook_url", "webhook_secret", "enable_webhooks", mode="before")
+    @field_validator("webhook_url", "webhook_secret", "enable_webhooks", "enable_curation", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value

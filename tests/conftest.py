@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from dagster import DagsterInstance
 
-from scripts import label_studio
+from resources.label_studio import local_server
 from tests.helpers import World, new_instance, new_world
 from tests.reviewing import Reviewing
 
@@ -27,17 +27,17 @@ def world(tmp_path: Path, instance: DagsterInstance) -> Iterator[World]:
 
 
 @pytest.fixture(scope="session")
-def label_studio_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[label_studio.Server]:
+def label_studio_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_server.Server]:
     """A real Label Studio with an empty database. Shared: each test has a project of its own."""
-    label_studio.install()
+    local_server.install()
     folder = tmp_path_factory.mktemp("label-studio") / "data"
-    label_studio.copy_of_empty(folder)
-    with label_studio.running(folder) as server:
+    local_server.copy_of_empty(folder)
+    with local_server.running(folder) as server:
         yield server
 
 
 @pytest.fixture
-def reviewing(tmp_path: Path, label_studio_server: label_studio.Server) -> Reviewing:
+def reviewing(tmp_path: Path, label_studio_server: local_server.Server) -> Reviewing:
     """A project of the test's own on the real server, reviewed by the schema `generic`."""
     return Reviewing(label_studio_server, tmp_path)
 

@@ -6,7 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +15,14 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
+from resources.label_studio.annotations import AnnotationRow
 from resources.label_studio.answers import to_regions
 from resources.label_studio.client import LabelStudioClient
 from resources.label_studio.connection import Connection
 from resources.label_studio.importing import ImportReport, import_batch
-from resources.label_studio.reviews import Reviews, SyncReport, has_news, sync_reviews
+from resources.label_studio.local_server import Server
+from resources.label_studio.reviews import Reviews, ReviewState, SyncReport, has_news, sync_reviews
 from resources.label_studio.schema import CurationSchema, load_schema
-from scripts.label_studio import Server
 from tests.helpers import Asked, Reply, chat, ok
 
 Json = dict[str, Any]
@@ -83,10 +84,16 @@ class Reviewing:
 
     # What is on the server, asked without our client.
 
+    def has_project(self) -> bool:
+        return bool(self._projects())
+
+    def _projects(self) -> list[Json]:
+        found = self.server.ask("GET", f"/api/projects/?page_size=1000&title={self.title.replace(' ', '%20')}")
+        return found["results"]  # type: ignore[no-any-return]
+
     @property
     def project(self) -> Json:
-        found = self.server.ask("GET", f"/api/projects/?page_size=1000&title={self.title.replace(' ', '%20')}")
-        (project,) = found["results"]
+        (project,) = self._projects()
         return self.server.ask("GET", f"/api/projects/{project['id']}/")  # type: ignore[no-any-return]
 
     def tasks(self) -> list[Json]:
@@ -113,6 +120,23 @@ class Reviewing:
 
     def delete(self, kind: str, number: int) -> None:
         self.server.ask("DELETE", f"/api/{kind}/{number}/")
+
+
+def star(line: int = 1, **fields: Any) -> AnnotationRow:
+    """A gold star as it stands on disk; its question, answer and ids are those of its line."""
+    now = datetime(2026, 11, 1, tzinfo=UTC)
+    row = AnnotationRow(
+        line, line, "1", now, now, False, True, True, False, 4.0, f"a{line}", f"a{line}", "{}", "{}", "b", line,
+        f"r{line}", "m", "m/f", "generic", f"q{line}", "", "[]",
+    )  # fmt: skip
+    return row._replace(**fields)
+
+
+def read_stars(reviews: Reviews, *stars: AnnotationRow) -> Reviews:
+    """The reviews, after a sync that found these annotations and no others."""
+    with reviews.lock():
+        reviews.commit([*stars], ReviewState(cursor=datetime.now(UTC)))
+    return reviews
 
 
 # --- A proxy that breaks on command -----------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import time
 from datetime import datetime
 
 from dagster import (
-    AssetKey,
     AssetSelection,
     DagsterRunStatus,
     DefaultScheduleStatus,
@@ -23,14 +22,10 @@ from dagster import (
 from resources.errors import BatchError
 from resources.label_studio.client import LabelStudioClient
 from resources.label_studio.connection import connection_of, target_names
-from resources.label_studio.datasets import FORMATS
 from resources.label_studio.reviews import has_news, open_reviews
 from resources.settings import settings
 from resources.targets import load_targets
 
-_SELECTION = AssetSelection.assets(
-    "label_studio_annotations", "gold_stars", *(AssetKey(["gold_star_dataset", form]) for form in FORMATS)
-)
 NIGHT_CONFIG = {"ops": {"label_studio_annotations": {"config": {"full": True}}}}
 _INTERVAL_SECONDS = 30
 _ASK_AGAIN_SECONDS = 900
@@ -45,8 +40,8 @@ _UNFINISHED = [
 
 gold_star_job = define_asset_job(
     "gold_star_job",
-    selection=_SELECTION,
-    description="Read what reviewers changed, bring the gold stars into step, write their datasets.",
+    selection=AssetSelection.assets("label_studio_annotations").downstream(),
+    description="Read what reviewers changed, bring the gold stars into step, write their datasets, tell of them.",
 )
 
 

@@ -35,6 +35,8 @@ from pydantic import SecretStr
 from resources.engine.hosts import Hosts
 from resources.errors import BatchError, SettingsError
 from resources.filesystem import refuse_remote_filesystem
+from resources.label_studio import local_server
+from resources.label_studio.connection import connection_of, is_curation_on, target_names
 from resources.postgres import EmbeddedPostgres, find_postgres_url, runtime_folder
 from resources.settings import Settings
 from resources.targets import all_targets
@@ -91,8 +93,11 @@ class Stack:
     they commit what is finished, then all processes end. A second signal ends everything at once.
     """
 
-    def __init__(self, settings: Settings, workspace: Path | None = None, say: Say = print) -> None:
+    def __init__(
+        self, settings: Settings, workspace: Path | None = None, say: Say = print, *, with_label_studio: bool = False
+    ) -> None:
         self._settings = settings
+        self._with_label_studio = with_label_studio
         self._workspace = workspace or _ROOT / "workspace.yaml"
         self._say = say
         self._logs = settings.data_root / "logs"
@@ -111,12 +116,14 @@ class Stack:
             BatchError: a part did not come up, or died again and again; carries the end of its log.
         """
         refuse_remote_filesystem(self._settings.data_root)
-        all_targets(self._settings)  # a secret that is missing is told now, not at the first delivery
+        self._refuse_what_is_missing()
         with ExitStack() as cleanup:
             cleanup.enter_context(self._signals())
             cleanup.enter_context(_up_lock(self._settings))
             end_leftovers(self._settings, self._say)
-            self._port = _free_port(self._settings.port)
+            self._port = _free_port(self._settings.port, "VLLM_BATCH_PORT or --port (0 takes a free one)")
+            if self._with_label_studio:
+                _free_port(self._settings.label_studio_port, "VLLM_BATCH_LABEL_STUDIO_PORT")
             self._make_folders()
             self._state.write(self._settings)
             cleanup.callback(_State.remove, self._settings)
@@ -125,6 +132,13 @@ class Stack:
             if not self._is_stopping():
                 self._announce()
             self._supervise()
+
+    def _refuse_what_is_missing(self) -> None:
+        """Targets, secrets, schemas: told now, not at the first delivery or import."""
+        targets = all_targets(self._settings)
+        if is_curation_on(self._settings, bool(targets.label_studio)):
+            for name in target_names(self._settings, targets):
+                connection_of(name, self._settings, targets)
 
     def _is_stopping(self) -> bool:
         return self._signals_seen > 0
@@ -160,10 +174,17 @@ class Stack:
         web = [python, "-m", "vllm_batch_pipelines.web", "--port", str(self._port), "-w", workspace]
         daemon = [python, "-m", "dagster._daemon", "run", "-w", workspace]
         environment = dict(os.environ) | _dagster_environment(self._settings, self._postgres_url)
-        for name, command in (("webserver", [*web, "--url-file", str(url_file)]), ("daemon", daemon)):
-            child = _Child(name, command, environment, self._logs / f"{name}.log")
-            self._children.append(child)
-            self._launch(child)
+        self._add_child("webserver", [*web, "--url-file", str(url_file)], environment)
+        self._add_child("daemon", daemon, environment)
+        if self._with_label_studio:
+            server = local_server.environment(local_server.data_folder(self._settings))
+            mark = {"DAGSTER_HOME": environment["DAGSTER_HOME"]}  # by which the processes of a session are known
+            self._add_child("label-studio", local_server.command(self._settings.label_studio_port), server | mark)
+
+    def _add_child(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
+        child = _Child(name, command, environment, self._logs / f"{name}.log")
+        self._children.append(child)
+        self._launch(child)
 
     def _launch(self, child: "_Child") -> None:
         self._state.sessions.append(child.start())
@@ -179,7 +200,8 @@ class Stack:
                     )
             beats = instance.get_daemon_heartbeats()
             is_beating = any(beat.timestamp >= started for beat in beats.values())
-            if is_beating and self._url_file.exists() and _answers(self._url):
+            is_reviewable = not self._with_label_studio or _answers(f"{self._label_studio_url}/health")
+            if is_beating and is_reviewable and self._url_file.exists() and _answers(f"{self._url}/server_info"):
                 self._state.url = self._url
                 self._state.write(self._settings)
                 return
@@ -193,7 +215,7 @@ class Stack:
         self._say(
             f"\nUp: {self._url}\n"
             f"Inbox: {self._settings.inbox_dir}\n"
-            f"Logs: {self._logs}\n\n"
+            f"Logs: {self._logs}\n{self._label_studio_line()}\n"
             "Next: drop a .jsonl file into the inbox, or run `vllm-batch submit FILE`. Ctrl-C stops everything."
         )
 
@@ -266,6 +288,17 @@ class Stack:
     @property
     def _url(self) -> str:
         return f"http://{_HOST}:{self._port}"
+
+    @property
+    def _label_studio_url(self) -> str:
+        return local_server.address(self._settings.label_studio_port)
+
+    def _label_studio_line(self) -> str:
+        if not self._with_label_studio:
+            return ""
+        folder = local_server.data_folder(self._settings)
+        user = local_server.Account.of(folder).user
+        return f"Label Studio: {self._label_studio_url}, user {user}, password in {folder / 'account.json'}\n"
 
     @property
     def _url_file(self) -> Path:
@@ -468,15 +501,14 @@ def _session_processes(settings: Settings, sessions: list[ProcessIdentity]) -> l
     return [pid for session in sessions for pid in session_members(session, mark)]
 
 
-def _free_port(port: int) -> int:
+def _free_port(port: int, settings: str) -> int:
     with socket.socket(socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((_HOST, port))
         except OSError as error:
             raise SettingsError(
-                f"Port {port} of {_HOST} cannot be used ({error.strerror}). "
-                "Choose another with VLLM_BATCH_PORT or --port (0 takes a free one)."
+                f"Port {port} of {_HOST} cannot be used ({error.strerror}). Choose another with {settings}."
             ) from error
         found: int = probe.getsockname()[1]
         return found
@@ -519,7 +551,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _answers(url: str) -> bool:
     try:
-        with _request(f"{url}/server_info"):
+        with _request(url):
             return True
     except OSError:
         return False

@@ -10,6 +10,7 @@ from pydantic import Field
 from resources.child import call_in_child
 from resources.errors import ExportFailed
 from resources.exports.rows import Written
+from resources.exports.targets import SqlTarget
 from resources.targets import load_targets
 
 
@@ -25,10 +26,23 @@ class ExportsResource(ConfigurableResource):  # type: ignore[type-arg]
         Raises:
             ExportFailed: there is none of that name (any more). ChildFailed: it did not take the results in time.
         """
+        return self._call("export_batch", target, hear, key=key)
+
+    def gold_star_tables(self) -> list[str]:
+        """The targets that have a table for gold stars."""
+        known = load_targets(Path(self.targets_file)).exports
+        return [name for name, target in known.items() if isinstance(target, SqlTarget) and target.gold_stars_table]
+
+    def export_gold_stars(self, reviews: str, target: str, hear: Callable[[Any], None]) -> Written:
+        """Export the gold stars of a target of reviews; raises as `export`."""
+        return self._call("export_gold_stars", target, hear, reviews=reviews)
+
+    def _call(self, function: str, target: str, hear: Callable[[Any], None], **arguments: str) -> Written:
         known = load_targets(Path(self.targets_file)).exports
         if target not in known:
             raise ExportFailed(f"there is no such target in `exports` of {self.targets_file}")
-        arguments = {"data_root": self.data_root, "targets_file": self.targets_file, "key": key, "target": target}
-        function = "resources.exports.export:export_batch"
-        result = call_in_child(function, arguments, silent_seconds=known[target].timeout, hear=hear)
+        arguments |= {"data_root": self.data_root, "targets_file": self.targets_file, "target": target}
+        result = call_in_child(
+            f"resources.exports.export:{function}", arguments, silent_seconds=known[target].timeout, hear=hear
+        )
         return Written(**result)

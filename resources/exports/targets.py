@@ -9,7 +9,7 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, Discriminator, Field, SecretStr, Tag, field_validator
+from pydantic import ConfigDict, Discriminator, Field, SecretStr, Tag, ValidationInfo, field_validator
 
 from resources.target import Target
 
@@ -59,9 +59,19 @@ class SqlTarget(Target):
     url: SecretStr = Field(description="SQLAlchemy's URL of the database.")
     table: str = Field(pattern=_IDENTIFIER, description="Made where it is missing.")
     table_schema: str | None = Field(None, alias="schema", pattern=_IDENTIFIER, description="Must be there.")
+    gold_stars_table: str | None = Field(
+        None, pattern=_IDENTIFIER, description="Another table, for the gold stars of all reviews."
+    )
     timeout: float = Field(
         1800, gt=0, le=86_400, description="Seconds without any progress after which it is given up."
     )
+
+    @field_validator("gold_stars_table")
+    @classmethod
+    def _another_table(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and value.lower() == str(info.data.get("table")).lower():
+            raise ValueError("must be another table than `table`, which holds results")
+        return value
 
     @field_validator("url")
     @classmethod

@@ -27,6 +27,7 @@ Format = Literal["chat", "icl", "alpaca", "input_output", "dpo", "raw"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 DEFAULT_VALIDATION_SHARE = 0.1
 _BUCKETS = 10_000
+_ROLES = ("system", "user", "assistant")
 
 Record = dict[str, Any]
 
@@ -102,10 +103,10 @@ def write_dataset(
 
 
 def without_duplicates(stars: Sequence[AnnotationRow]) -> list[AnnotationRow]:
-    """One star a prompt (with its system prompt): the best rated, then the latest."""
-    best: dict[tuple[str, str], AnnotationRow] = {}
+    """One star a prompt (with its system prompt and what was said before): the best rated, then the latest."""
+    best: dict[tuple[str, str, str], AnnotationRow] = {}
     for star in sorted(stars, key=lambda star: (star.rating or 0.0, star.updated_at, star.annotation)):
-        best[star.system, star.prompt] = star
+        best[star.system, star.prompt, star.conversation] = star
     return sorted(best.values(), key=lambda star: (star.batch, star.line, star.annotation))
 
 
@@ -162,14 +163,22 @@ def _messages(schema: CurationSchema, star: AnnotationRow, answer: str | None) -
     system = star.system if schema.export.system is None else fill(schema.export.system, fields, where)
     user = fill(schema.export.user, fields, where)
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": user})
+    messages += [*_earlier(star), {"role": "user", "content": user}]
     return messages + ([{"role": "assistant", "content": answer}] if answer is not None else [])
 
 
+def _earlier(star: AnnotationRow) -> list[Record]:
+    """The turns before the prompt: without them, what is right here may be wrong."""
+    turns = [turn for turn in json.loads(star.conversation) if turn["role"] not in ("system", "developer")]
+    users = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
+    return turns[: users[-1]] if users else []
+
+
 def _chat(schema: CurationSchema, star: AnnotationRow) -> Record | None:
-    """OpenAI's fine-tuning takes no empty message."""
+    """OpenAI's fine-tuning takes no empty message, and none of a tool without the call, which is not kept."""
     messages = _messages(schema, star, star.final_response)
-    return {"messages": messages} if all(message["content"].strip() for message in messages) else None
+    fits = all(message["content"].strip() and message["role"] in _ROLES for message in messages)
+    return {"messages": messages} if fits else None
 
 
 def _icl(schema: CurationSchema, star: AnnotationRow) -> Record | None:
@@ -179,7 +188,9 @@ def _icl(schema: CurationSchema, star: AnnotationRow) -> Record | None:
 
 
 def _alpaca(schema: CurationSchema, star: AnnotationRow) -> Record | None:
-    """With a system prompt, that is the instruction and the prompt its input."""
+    """With a system prompt, that is the instruction and the prompt its input. Earlier turns have no place in it."""
+    if _earlier(star):
+        return None
     *before, user = _messages(schema, star, None)
     instruction, given = (before[0]["content"], user["content"]) if before else (user["content"], "")
     return {"instruction": instruction, "input": given, "output": star.final_response}

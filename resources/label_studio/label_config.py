@@ -10,9 +10,17 @@ from typing import NamedTuple
 from resources.errors import SettingsError
 from resources.label_studio.schema import CurationSchema, DataSource, Question
 
+# What is empty, and a conversation that is the prompt alone, is not shown; of a conversation neither the times nor the
+# tools to mark parts of it are. Buttons that edit a text are seen before the pointer is over them.
 _STYLE = """
 .vb-page { max-width: 960px; margin: 0 auto; }
-.vb-source { white-space: pre-wrap; background: #f7f7f9; border-radius: 6px; padding: 8px 12px; margin-bottom: 12px; }
+.vb-source { white-space: pre-wrap; background: #f7f7f9; border-radius: 6px; padding: 8px 12px; margin-bottom: 12px;
+  max-height: 60vh; overflow-y: auto; }
+.vb-part:has(.lsf-richtext__line:only-child:empty) { display: none; }
+.vb-part:has([data-testid="phrase:0"]):not(:has([data-testid="phrase:1"])) { display: none; }
+.vb-source [class*="authorFilter"], .vb-source [class*="time--"], .vb-source [class*="selectAllBtn"] { display: none; }
+.vb-question [data-testid="htx-textbox-actions"] { opacity: 1 !important; visibility: visible !important; }
+.vb-question [data-testid="htx-textbox-content"] { padding-right: 90px !important; }
 .vb-question { margin: 14px 0; }
 .vb-hint * { color: #666; font-size: 14px !important; font-weight: 400 !important; margin: 2px 0; }
 """
@@ -88,13 +96,12 @@ def control_of(question: Question, about: str) -> Control:
 
 def _add_source(view: ET.Element, source: DataSource) -> None:
     title = source.title or source.field
+    part = ET.SubElement(view, "View", className="vb-part")
     if source.collapsed:
-        collapse = ET.SubElement(view, "Collapse")
-        box = ET.SubElement(collapse, "Panel", value=title)
+        part = ET.SubElement(ET.SubElement(part, "Collapse"), "Panel", value=title)
     else:
-        ET.SubElement(view, "Header", value=title, size="4")
-        box = view
-    box = ET.SubElement(box, "View", className="vb-source")
+        ET.SubElement(part, "Header", value=title, size="4")
+    box = ET.SubElement(part, "View", className="vb-source")
     name, value = f"{source.field}_shown", f"${source.field}"
     if source.kind == "conversation":
         ET.SubElement(box, "Paragraphs", name=name, value=value, layout="dialogue", nameKey="role", textKey="content")

@@ -12,7 +12,6 @@ state's number, and each event once; event ids do not depend on the run.
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import shutil
@@ -31,6 +30,7 @@ from resources.label_studio.annotations import AnnotationRow, from_table, rows_o
 from resources.label_studio.client import LabelStudioClient, task_filter
 from resources.label_studio.connection import Connection
 from resources.label_studio.project import known_project
+from resources.webhooks.event import event_id
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Reviews:
         for number in range(after + 1, last + 1):
             path = self._changes_path(number)
             if path.exists():
-                for line in path.read_text("utf-8").splitlines():
+                for line in path.read_bytes().splitlines():  # a text would also end a line at U+2028 and the like
                     yield {"number": number, **json.loads(line)}
 
     @contextmanager
@@ -160,10 +160,8 @@ class Reviews:
     def _event(self, kind: str, row: AnnotationRow) -> dict[str, Any]:
         data = {"target": self.target, **row.document()}
         # A star may come and go and come again with the same content: the number tells these events apart.
-        identity = [self.state().number + 1, kind, data]
-        text = json.dumps(identity, sort_keys=True, ensure_ascii=False)
         return {
-            "id": f"gold_{hashlib.sha256(text.encode()).hexdigest()[:32]}",
+            "id": event_id(self.state().number + 1, kind, data),
             "type": f"gold_star.{kind}",
             "timestamp": row.updated_at.isoformat(),
             "data": data,

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from resources.webhooks.event import Event
-from resources.webhooks.target import WebhookTarget
+from resources.webhooks.target import STARS, WebhookTarget
 from resources.webhooks.templates import render
 
 SLACK_CHARACTERS = 4000
 """Slack cuts `text` at 40,000 and asks for 4,000 (docs.slack.dev, chat.postMessage, "Truncating content")."""
 DISCORD_CHARACTERS = 2000
 """Discord refuses longer `content` (docs.discord.com, Execute Webhook)."""
+_STAR_CHARACTERS = 500
 
 
 class PayloadRefused(ValueError):
@@ -86,6 +87,8 @@ def _message(event: Event, target: WebhookTarget, escape: Any) -> str:
     if target.template is not None:
         return render(target.template, {"id": event.id, **event.envelope()}, escape)
     data = event.data
+    if event.type in STARS:
+        return _star_message(event, escape)
     if not event.type.startswith("batch."):
         details = ", ".join(f"{name} {value}" for name, value in data.items() if isinstance(value, str | int))
         return f"{escape(event.type)}: {escape(details)}"
@@ -99,6 +102,15 @@ def _message(event: Event, target: WebhookTarget, escape: Any) -> str:
     if data["error"]:
         lines.append(f"Error: {escape(data['error']['code'])}: {escape(data['error']['message'])}")
     lines += [f"{escape(name)}: {escape(value)}" for name, value in data["metadata"].items()]
+    return "\n".join(lines)
+
+
+def _star_message(event: Event, escape: Any) -> str:
+    """So much of each text that none keeps the others out."""
+    star, kind = event.data, event.type.removeprefix("gold_star.")
+    lines = [f"Gold star {kind}: line {star['line']} of {escape(star['batch'])}, by {escape(star['model'])}"]
+    for title, name in (("Prompt", "prompt"), ("Answer", "final_response")):
+        lines.append(f"{title}: {escape(_cut(star[name], _STAR_CHARACTERS))}")
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ EventType = Literal[
     "gold_star.removed",
 ]
 ENDINGS: tuple[EventType, ...] = ("batch.completed", "batch.failed", "batch.cancelled")
+STARS: tuple[EventType, ...] = ("gold_star.created", "gold_star.updated", "gold_star.removed")
 
 
 class WebhookTarget(Target):

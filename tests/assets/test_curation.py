@@ -1,16 +1,23 @@
 """From a batch to gold stars through the real definitions, a real instance and a real Label Studio."""
 
+import importlib
 import json
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from dagster import AssetKey, DagsterInstance, ExecuteInProcessResult, SensorResult, build_sensor_context
 
+from resources.label_studio.local_server import Server
 from resources.label_studio.reviews import open_reviews
-from scripts.label_studio import Server
+from resources.webhooks.target import STARS
 from tests.helpers import World, chat, new_world, read_jsonl
+from tests.receiver import SECRET, Receiver
 from tests.reviewing import Reviewing
 from vllm_batch_pipelines import curation
 
@@ -138,6 +145,52 @@ def test_the_night_reads_everything(reviewed_world: tuple[World, Reviewing]) -> 
     config = json.loads(json.dumps(curation.NIGHT_CONFIG))
     read = job.execute_in_process(instance=world.instance, run_config=config)
     assert metadata(read, "gold_stars")["gold_stars"] == 1
+
+
+def test_gold_stars_go_out_as_events_and_as_rows(reviewed_world: tuple[World, Reviewing], tmp_path: Path) -> None:
+    _, reviewing = reviewed_world
+    database = tmp_path / "stars.db"
+    with Receiver() as receiver:
+        hook = {"url": receiver.url, "secret": SECRET, "allow_insecure": True, "events": [*STARS]}
+        tables = {
+            "warehouse": {"url": f"sqlite:///{database}", "table": "results", "gold_stars_table": "stars"},
+            "away": {"url": "postgresql://127.0.0.1:1/nothing", "table": "results", "gold_stars_table": "stars"},
+            "no_stars": {"url": f"sqlite:///{database}", "table": "results"},
+        }
+        targets = {"webhooks": {"mirror": hook}, "exports": tables}
+        (tmp_path / "targets.yaml").write_text(yaml.safe_dump(targets))
+        definitions = importlib.reload(importlib.import_module("vllm_batch_pipelines.definitions")).defs
+        world = replace(reviewed_world[0], definitions=definitions)
+
+        def review() -> list[tuple[int, str]]:
+            """Read the reviews, deliver what there is to tell; what the table holds then."""
+            read = world.job("gold_star_job").execute_in_process(instance=world.instance, raise_on_error=False)
+            (failed,) = [event for event in read.all_events if event.event_type_value == "STEP_FAILURE"]
+            said = str(failed.step_failure_data.user_failure_data.description)
+            assert said.startswith("1 of 2 tables failed, the others are done")
+            assert "away, default: postgresql://127.0.0.1/nothing table stars: OperationalError" in said
+            assert metadata(read, "gold_star_dataset", "chat")["examples"] == metadata(read, "gold_stars")["gold_stars"]
+            assert world.job("deliver_webhooks").execute_in_process(instance=world.instance).success
+            with closing(sqlite3.connect(database)) as connection:
+                return connection.execute("SELECT line, final_response FROM stars ORDER BY line").fetchall()
+
+        batch = world.register("a.jsonl", "".join(chat(f"r{n}", f"{n} of {world.root}") for n in range(3)))
+        assert world.run(batch.key).success
+        assert materialize(world, "label_studio_tasks", key=batch.key).success
+        first, second = [
+            reviewing.annotate(task["id"], final_response=f"mended {task['data']['line']}", gold_star=True)
+            for task in reviewing.tasks()[:2]
+        ]
+        assert review() == [(1, "mended 1"), (2, "mended 2")]
+        reviewing.change(first, final_response="mended 1")
+        reviewing.change(second, final_response="better", gold_star=True)
+        assert review() == [(2, "better")]
+        kinds = {(one.content["type"], one.content["data"]["line"]) for one in receiver.received}
+        assert kinds == {
+            ("gold_star.created", 1), ("gold_star.created", 2), ("gold_star.removed", 1), ("gold_star.updated", 2),
+        }  # fmt: skip
+        assert review() == [(2, "better")]
+        assert len(receiver.received) == len(kinds)
 
 
 def test_curation_is_nowhere_in_the_definitions_until_it_is_set(world: World) -> None:

@@ -49,6 +49,7 @@ class Stack:
     folder: Path
     server: AnsweringServer
     process: subprocess.Popen[bytes] | None = None
+    options: tuple[str, ...] = ()
     held: set[str] = field(default_factory=set)
 
     @property
@@ -82,7 +83,7 @@ class Stack:
     def up(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*CLI, "up", "--port", "0"],
+                [*CLI, "up", "--port", "0", *self.options],
                 cwd=self.folder,
                 env=self.environment,
                 stdout=log,

@@ -19,13 +19,17 @@ from sqlalchemy import create_engine, text
 from resources.answering import Mode
 from resources.errors import ExportFailed, SettingsError
 from resources.exports.export import export_latest
+from resources.exports.gold_stars import rows_of as gold_stars_of
 from resources.exports.published import Published
-from resources.exports.rows import Rows
+from resources.exports.rows import Rows, Written
 from resources.exports.sql import export_rows
 from resources.exports.targets import SqlTarget
+from resources.label_studio.annotations import AnnotationRow
+from resources.label_studio.reviews import Reviews
 from resources.postgres import EmbeddedPostgres
 from resources.targets import load_targets
 from tests.helpers import Asked, chats, ok, python, refusal
+from tests.reviewing import read_stars, star
 
 pytestmark = pytest.mark.e2e
 
@@ -200,7 +204,7 @@ def test_a_schema_can_be_named(server: EmbeddedPostgres, postgres: Connection, a
 
 
 def test_rows_of_any_kind_and_key_can_be_written(target: SqlTarget) -> None:
-    """What gold stars need: a key of another kind, a scope that is the whole table, numbers and truth."""
+    """A key of another kind, a scope that is the whole table, numbers and truth."""
     schema = pa.schema(
         [("task", pa.int64()), ("rating", pa.float64()), ("edited", pa.bool_()), ("revision", pa.int64())]
     )
@@ -214,6 +218,38 @@ def test_rows_of_any_kind_and_key_can_be_written(target: SqlTarget) -> None:
     export_rows(target, stars(2, [(2, 5.0, False), (3, 1.25, True)]), quiet)
     found = query(target, "SELECT task, rating, edited FROM results ORDER BY task")
     assert [(task, rating, bool(edited)) for task, rating, edited in found] == [(2, 5.0, False), (3, 1.25, True)]
+
+
+def test_gold_stars_are_upserted_and_those_that_are_none_any_more_leave(target: SqlTarget, tmp_path: Path) -> None:
+    def put(name: str, *stars: AnnotationRow) -> Written:
+        reviews = read_stars(Reviews(tmp_path / "curation", name), *stars)
+        return export_rows(target, gold_stars_of(reviews), quiet)
+
+    put("other", star(1))
+    assert put("mine", star(1), star(2), star(3, gold=False)).there == 2
+    assert not put("mine", star(1), star(2), star(3, gold=False)).changed
+    assert put("mine", star(2, rating=None), star(3, final_response="mended")).there == 2
+    found = query(
+        target, 'SELECT target, annotation, rating, final_response, prompt, "values" FROM results ORDER BY 1, 2'
+    )
+    assert found == [
+        ("mine", 2, None, "a2", "q2", "{}"),
+        ("mine", 3, 4.0, "mended", "q3", "{}"),
+        ("other", 1, 4.0, "a1", "q1", "{}"),
+    ]
+    assert put("mine", star(2, gold=False)).there == 0
+    assert query(target, "SELECT target FROM results") == [("other",)]
+
+
+def test_texts_of_gold_stars_lose_what_no_database_takes(target: SqlTarget, tmp_path: Path) -> None:
+    reviews = read_stars(Reviews(tmp_path / "curation", "mine"), star(1, prompt="nul \0 here"))
+    assert export_rows(target, gold_stars_of(reviews), quiet).there == 1
+    assert query(target, "SELECT prompt FROM results") == [("nul \N{REPLACEMENT CHARACTER} here",)]
+
+
+def test_gold_stars_have_a_table_of_their_own() -> None:
+    with pytest.raises(ValueError, match="must be another table"):
+        table_target("sqlite://", gold_stars_table="Results")
 
 
 def test_rows_that_are_not_all_there_are_not_written(target: SqlTarget, asked: Asked) -> None:

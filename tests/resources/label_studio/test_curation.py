@@ -1,7 +1,6 @@
 """Schemas, answers and datasets without a server."""
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
+from resources import failpoints
 from resources.errors import CurationError, SettingsError
-from resources.label_studio.annotations import AnnotationRow
 from resources.label_studio.answers import final_text, from_regions, prefill, to_regions
 from resources.label_studio.connection import connection_of, is_curation_on
 from resources.label_studio.datasets import fill, in_validation, without_duplicates, write_dataset
 from resources.label_studio.label_config import lost_controls, make_label_config, parse_controls
+from resources.label_studio.reviews import Reviews
 from resources.label_studio.schema import SHIPPED, CurationSchema, load_schema
 from resources.settings import Settings
 from resources.targets import load_targets
+from tests.reviewing import read_stars, star
 
 CANDIDATE = load_schema("candidate_evaluation")
 GENERIC = load_schema("generic")
 ANSWER = {"recommendation": "MAYBE", "reasoning": "Young, but good.", "company_pedigree": 3}
-
-
-def star(line: int = 1, **fields: Any) -> AnnotationRow:
-    now = datetime(2026, 11, 1, tzinfo=UTC)
-    row = AnnotationRow(
-        line, line, "1", now, now, False, True, True, False, 4.0, f"a{line}", f"a{line}", "{}", "{}", "b", line,
-        f"r{line}", "m", "m/f", "generic", f"q{line}", "", "[]",
-    )  # fmt: skip
-    return row._replace(**fields)
 
 
 def schema(**changes: Any) -> CurationSchema:
@@ -176,6 +168,28 @@ def test_a_system_prompt_is_the_instruction_of_alpaca_and_the_first_message_of_c
     assert [message["role"] for message in json.loads(chat.read_text())["messages"]] == ["system", "user", "assistant"]
 
 
+def test_turns_before_the_prompt_stay_with_it(tmp_path: Path) -> None:
+    def said(*texts: str) -> str:
+        roles = ["system", *["user", "assistant"] * 3]
+        return json.dumps([{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)])
+
+    cat = star(1, prompt="Its name?", system="s", conversation=said("s", "My cat is Mochi.", "Nice.", "Its name?"))
+    dog = star(2, prompt="Its name?", system="s", conversation=said("s", "My dog is Rex.", "Nice.", "Its name?"))
+    alone = star(3, system="s", conversation=said("s", "q3"))
+    tool = star(4, conversation=json.dumps([{"role": "user", "content": "u"}, {"role": "tool", "content": "7"}] * 2))
+
+    def written(form: Any) -> list[Any]:
+        made = write_dataset(tmp_path, "t", GENERIC, [cat, dog, alone, tool], form, 0.0)
+        return [json.loads(line) for line in (made.folder / "train.jsonl").read_text().splitlines()]
+
+    assert [[message["content"] for message in line["messages"]] for line in written("chat")] == [
+        ["s", "My cat is Mochi.", "Nice.", "Its name?", "a1"],
+        ["s", "My dog is Rex.", "Nice.", "Its name?", "a2"],
+        ["s", "q3", "a3"],
+    ]
+    assert [line["output"] for line in written("alpaca")] == ["a3"]
+
+
 def test_the_best_examples_come_first_and_only_so_many(tmp_path: Path) -> None:
     mine = GENERIC.model_copy(update={"export": GENERIC.export.model_copy(update={"icl_examples": 2})})
     rows = [star(1, rating=2.0), star(2, rating=5.0), star(3, rating=3.0)]
@@ -187,6 +201,38 @@ def test_no_stars_make_an_empty_dataset_that_says_so(tmp_path: Path) -> None:
     for form in ("chat", "raw"):
         made = write_dataset(tmp_path, "t", GENERIC, [], form)  # type: ignore[arg-type]
         assert (made.train, made.validation) == (0, 0)
+
+
+# --- Reviews on disk --------------------------------------------------------------------------------------------------
+
+
+def test_a_sync_broken_off_at_any_moment_loses_no_change_and_tells_none_twice(tmp_path: Path) -> None:
+    steps, was_cut = 0, True
+    while was_cut:
+        steps += 1
+        reviews = read_stars(Reviews(tmp_path / str(steps), "t"), star(1), star(2))
+        left = steps
+
+        def cut(step: str, path: Path) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise KeyboardInterrupt
+
+        failpoints.arm(cut)
+        try:
+            read_stars(reviews, star(2, rating=1.0), star(3))
+            was_cut = False
+        except KeyboardInterrupt:
+            known = ([row.line for row in reviews.gold_stars()], len(list(reviews.changes())))
+            assert known in [([1, 2], 2), ([2, 3], 5)]
+        finally:
+            failpoints.arm(None)
+        read_stars(reviews, star(2, rating=1.0), star(3))
+        told = [(change["type"], change["data"]["line"]) for change in reviews.changes(1)]
+        assert told == [("gold_star.removed", 1), ("gold_star.updated", 2), ("gold_star.created", 3)]
+        assert [row.line for row in reviews.gold_stars()] == [2, 3]
+    assert steps > 10
 
 
 # --- Settings -------------------------------------------------------------------------------------------------------

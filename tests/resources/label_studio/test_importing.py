@@ -1,6 +1,7 @@
 """The import against a real Label Studio: each row exactly one task, whatever happens on the way."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -94,6 +95,25 @@ def test_json_answers_are_filled_in_and_those_that_do_not_fit_are_counted(review
     }
     assert also["predictions"][0]["result"] == good["predictions"][0]["result"]
     assert none["predictions"] == made["predictions"] == []
+
+
+def test_a_score_comes_from_logprobs_alone_and_only_where_the_schema_asks_for_it(reviewing: Reviewing) -> None:
+    def reply(request: EngineRequest) -> EngineResponse:
+        body = json.loads(completion("fine"))
+        if request.line == 1:
+            tokens = [{"token": "fi", "logprob": math.log(0.25)}, {"token": "ne", "logprob": 0.0}]
+            body["choices"][0]["logprobs"] = {"content": tokens}
+        return EngineResponse(200, json.dumps(body).encode(), "r")
+
+    def scores() -> list[float | None]:
+        return [task["predictions"][0]["score"] for task in reviewing.tasks()]
+
+    reviewing.load(reviewing.batch(2, reply))
+    assert scores() == [None, None]
+    rendering = reviewing.schema.rendering.model_copy(update={"score": True})
+    reviewing.schema = reviewing.schema.model_copy(update={"rendering": rendering})
+    reviewing.load(reviewing.batch(2, reply))
+    assert sorted(scores(), key=str) == [0.5, None, None, None]
 
 
 @pytest.mark.parametrize("kind", ["legacy", "personal"])

@@ -1,6 +1,7 @@
 """Annotations and gold stars kept in step with a real Label Studio, and the datasets that are made of them."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 from pydantic import TypeAdapter
 
+from resources.errors import CurationError
 from resources.label_studio.datasets import FORMATS, Dataset, Format, write_dataset
 from resources.label_studio.quality import quality
 from resources.label_studio.reviews import Reviews
 from resources.label_studio.schema import load_schema
 from tests.helpers import ok, read_jsonl
-from tests.reviewing import Reviewing
+from tests.reviewing import Fault, Proxy, Reviewing, nth
 
 pytestmark = pytest.mark.label_studio
 
@@ -35,6 +37,10 @@ def dataset(reviewing: Reviewing, form: Format, share: float = 0.0) -> Dataset:
 
 @pytest.fixture
 def reviewed(reviewing: Reviewing) -> Reviewing:
+    return review(reviewing)
+
+
+def review(reviewing: Reviewing) -> Reviewing:
     """Four answers: the first starred and mended, the second starred by the control, the third rated, the fourth
     untouched."""
     reviewing.load(reviewing.batch(4, lambda request: ok(request, f"answer {request.line}")))
@@ -167,6 +173,47 @@ def test_a_sync_that_is_cut_off_before_its_commit_is_done_again_under_the_same_n
     assert kinds(reviewed) == [("created", 1), ("created", 2), ("created", 4)]
 
 
+@pytest.fixture
+def broken(reviewing: Reviewing) -> Iterator[tuple[Reviewing, Proxy]]:
+    """What `reviewed` is, by a proxy that breaks nothing yet; all four tasks have one more star that is not read."""
+    with Proxy(reviewing.server) as proxy:
+        reviewing.url = proxy.url
+        review(reviewing)
+        for task in reviewing.tasks():
+            reviewing.annotate(task["id"], final_response="again", gold_star=True)
+        yield reviewing, proxy
+
+
+PAGE_FAULTS = {"the connection breaks": Fault(), "500": Fault(500), "429": Fault(429, retry_after=7)}
+
+
+@pytest.mark.parametrize("name", PAGE_FAULTS)
+def test_a_page_that_goes_wrong_is_read_again(broken: tuple[Reviewing, Proxy], name: str) -> None:
+    reviewing, proxy = broken
+    proxy.rule = nth(2, "/api/tasks", PAGE_FAULTS[name], "GET")
+    report = reviewing.sync(page_size=1)
+    assert (report.annotations, report.gold) == (7, 6)
+    assert len(reviewing.pauses) == 1
+    assert (reviewing.pauses[0] >= 7) == (name == "429")
+
+
+@pytest.mark.parametrize("status", [401, 403, 503])
+def test_a_server_that_says_no_in_the_middle_leaves_what_was_known(
+    broken: tuple[Reviewing, Proxy], status: int
+) -> None:
+    reviewing, proxy = broken
+    before = (reviewing.reviews.state(), stars(reviewing))
+    first = nth(1, "/api/tasks", Fault(), "GET")
+    proxy.rule = lambda method, path: (
+        Fault(status) if path.endswith("/api/tasks/") and not first(method, path) else None
+    )
+    with pytest.raises(CurationError, match=str(status)):
+        reviewing.sync()
+    assert (reviewing.reviews.state(), stars(reviewing)) == before
+    proxy.rule = lambda method, path: None
+    assert reviewing.sync().created == 4
+
+
 def test_three_reviewers_of_one_task_are_three_annotations_and_one_example(reviewed: Reviewing) -> None:
     fourth = reviewed.tasks()[3]["id"]
     for text, rating in (("one", 3), ("two", 5), ("three", 4)):
@@ -187,8 +234,10 @@ def test_every_format_line_by_line(reviewed: Reviewing) -> None:
         {"messages": [{"role": "user", "content": two}, {"role": "assistant", "content": "answer 2"}]},
     ]
     assert [line["metadata"]["rating"] for line in lines["icl"]] == [5.0, 4.0]
-    for line in lines["chat"]:
-        TypeAdapter(list[ChatCompletionMessageParam]).validate_python(line["messages"])
+    for line in lines["chat"]:  # by the rules of OpenAI's fine-tuning: their types, nothing empty, an answer at the end
+        messages = TypeAdapter(list[ChatCompletionMessageParam]).validate_python(line["messages"])
+        assert all(str(message.get("content") or "").strip() for message in messages)
+        assert messages[-1]["role"] == "assistant"
     assert lines["alpaca"][0] == {"instruction": one, "input": "", "output": "better 1"}
     assert lines["input_output"][0] == {"input": {"prompt": one}, "output": {"final_response": "better 1"}}
     assert lines["dpo"] == [{"prompt": one, "chosen": "better 1", "rejected": "answer 1"}]

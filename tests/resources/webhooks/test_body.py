@@ -16,6 +16,7 @@ from resources.webhooks.event import Event
 from resources.webhooks.target import WebhookTarget
 from tests.helpers import Asked, chat, chats, ok, refusal
 from tests.receiver import SECRET
+from tests.reviewing import star
 
 NOW = datetime(2026, 11, 21, 10, 30, 0, 123456, tzinfo=UTC)
 
@@ -209,5 +210,7 @@ def test_a_message_is_cut_to_what_the_service_takes(
 
 
 def test_events_of_gold_stars_are_messages_too() -> None:
-    event = Event("msg_1", "gold_star.created", NOW, {"batch": "demo-12345678", "line": 3})
-    assert payload(event, format="slack") == {"text": "gold_star.created: batch demo-12345678, line 3"}
+    event = Event("msg_1", "gold_star.created", NOW, star(3, prompt="<!channel> " + "q" * 9000).document())
+    text = payload(event, format="slack")["text"]
+    assert text.startswith("Gold star created: line 3 of b, by m\nPrompt: &lt;!channel&gt; qqq")
+    assert text.endswith("q…\nAnswer: a3")

@@ -1,10 +1,10 @@
-"""A Label Studio of one's own, for those who have none: `make label-studio`. Tests start theirs by the same functions.
+"""A Label Studio of one's own, for those who have none: `vllm-batch up --with-curation`, or `make label-studio`.
 
-It lives in `.label-studio/`: its own environment (its packages do not go together with ours), and its data, with a
-user, a token and an empty database that were made once. Listens on 127.0.0.1 alone.
+Its packages do not go together with ours: they have an environment of their own in `.label-studio/`, beside an empty
+database with a user and a token. What people do is in `label-studio/` of the data root. Listens on 127.0.0.1 alone.
 
-    python scripts/label_studio.py install        make the environment and the empty database
-    python scripts/label_studio.py start          start, with the user, token and project, until Ctrl-C
+    python -m resources.label_studio.local_server install       make the environment and the empty database
+    python -m resources.label_studio.local_server start         start, with the user, token and project, until Ctrl-C
 """
 
 import json
@@ -18,19 +18,22 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from resources import durable
+from resources.errors import CurationError
+from resources.settings import Settings, settings
+
+ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".label-studio"
 REQUIREMENTS = ROOT / "requirements" / "label-studio.txt"
-PORT = 8080
 PROJECT = "Reviews"
 _EMPTY = HOME / "empty"
-_DATA = HOME / "data"
+_STAMP = HOME / "installed"
 _READY_SECONDS = 300
 
 
@@ -57,11 +60,11 @@ class Account:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server."""
+    """A running server; `process` where it is a child of ours."""
 
     url: str
     account: Account
-    process: "subprocess.Popen[bytes]"
+    process: "subprocess.Popen[bytes] | None" = None
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """One request with the legacy token; the reply's JSON."""
@@ -79,11 +82,13 @@ class Server:
         return str(found[0]["token"] if found else self.ask("POST", "/api/token/")["token"])
 
 
+def is_installed() -> bool:
+    return _has_packages() and (_EMPTY / "ready").exists()
+
+
 def install() -> None:
     """Make the environment and the empty database; done already: nothing happens. Minutes the first time."""
-    stamp = HOME / "installed"
-    wanted = REQUIREMENTS.read_text("utf-8")
-    if not stamp.exists() or stamp.read_text("utf-8") != wanted:
+    if not _has_packages():
         print(f"label-studio: making its own environment in {HOME} (about 4 minutes, 1 GB)", file=sys.stderr)
         shutil.rmtree(HOME / "venv", ignore_errors=True)
         HOME.mkdir(exist_ok=True)
@@ -91,7 +96,7 @@ def install() -> None:
         pip = [str(HOME / "venv" / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-input", "--no-deps"]
         subprocess.run([*pip, "--disable-pip-version-check", "-r", str(REQUIREMENTS)], check=True)
         shutil.rmtree(_EMPTY, ignore_errors=True)
-        stamp.write_text(wanted, "utf-8")
+        _STAMP.write_text(REQUIREMENTS.read_text("utf-8"), "utf-8")
     if not (_EMPTY / "ready").exists():
         print("label-studio: making its database (about a minute)", file=sys.stderr)
         shutil.rmtree(_EMPTY, ignore_errors=True)
@@ -100,39 +105,61 @@ def install() -> None:
         (_EMPTY / "ready").touch()
 
 
+def _has_packages() -> bool:
+    return _STAMP.exists() and _STAMP.read_text("utf-8") == REQUIREMENTS.read_text("utf-8")
+
+
+def data_folder(config: Settings) -> Path:
+    return config.data_root / "label-studio"
+
+
 def copy_of_empty(folder: Path) -> None:
     """A data folder with the user, the token and an empty database, so that a start takes seconds."""
     if not folder.exists():
-        shutil.copytree(_EMPTY, folder)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        made = durable.temporary_beside(folder)
+        shutil.copytree(_EMPTY, made)
+        made.rename(folder)
 
 
 @contextmanager
 def running(folder: Path, port: int = 0) -> Iterator[Server]:
     """A server over a data folder, on a free port by default; it ends with the context."""
-    account = Account.of(folder)
     port = port or _free_port()
-    command = [HOME / "venv" / "bin" / "label-studio", "start", "--no-browser", "--internal-host", "127.0.0.1"]
-    command += ["--port", str(port), "--username", account.user, "--password", account.password]
+    started_with = environment(folder)
     with (folder / "server.log").open("ab") as log:
         process = subprocess.Popen(
-            [*map(str, command), "--user-token", account.token],
-            env=_environment(folder, os.environ),
-            cwd=folder,
+            command(port),
+            env=started_with,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
         try:
-            url = f"http://127.0.0.1:{port}"
+            url = address(port)
             _wait_until_ready(url, process, folder / "server.log")
-            yield Server(url, account, process)
+            yield Server(url, Account.of(folder), process)
         finally:
             _end(process)
 
 
-def _environment(folder: Path, outer: Mapping[str, str]) -> dict[str, str]:
+def address(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
+
+
+def command(port: int) -> list[str]:
+    program = str(HOME / "venv" / "bin" / "label-studio")
+    return [program, "start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(port)]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What a server over this data folder is started with: its secrets too, which a command line would show to all."""
+    account = Account.of(folder)
     own = {
+        "LABEL_STUDIO_USERNAME": account.user,
+        "LABEL_STUDIO_PASSWORD": account.password,
+        "LABEL_STUDIO_USER_TOKEN": account.token,
         "LABEL_STUDIO_BASE_DATA_DIR": str(folder),
         "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
         "LABEL_STUDIO_DISABLE_SIGNUP_WITHOUT_LINK": "true",
@@ -143,7 +170,7 @@ def _environment(folder: Path, outer: Mapping[str, str]) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     foreign = ("PYTHON", "VIRTUAL_ENV", "DJANGO", "LABEL_STUDIO", "VLLM_BATCH", "DAGSTER")
-    return {name: value for name, value in outer.items() if not name.startswith(foreign)} | own
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | own
 
 
 def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -153,7 +180,7 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -
             return
         if process.poll() is not None or time.monotonic() > deadline:
             end = "\n".join(log.read_text("utf-8", "replace").splitlines()[-20:])
-            raise SystemExit(f"Label Studio did not come up. The end of {log}:\n{end}")
+            raise CurationError(f"Label Studio did not come up. The end of {log}:\n{end}")
         time.sleep(0.2)
 
 
@@ -181,9 +208,10 @@ def _opener() -> urllib.request.OpenerDirector:
 def start() -> None:
     """Serve until Ctrl-C, and say how to use it."""
     install()
-    copy_of_empty(_DATA)
+    folder = data_folder(settings())
+    copy_of_empty(folder)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with running(_DATA, int(os.environ.get("LABEL_STUDIO_PORT", PORT))) as server:
+    with running(folder, settings().label_studio_port) as server:
         token = server.personal_access_token()
         print(
             f"\nLabel Studio: {server.url}\n"
@@ -191,9 +219,10 @@ def start() -> None:
             "Put this into .env and start the stack (`make up`); the project is made with the first batch:\n\n"
             f"VLLM_BATCH_LABEL_STUDIO_URL={server.url}\n"
             f"VLLM_BATCH_LABEL_STUDIO_API_KEY={token}\n"
-            f"VLLM_BATCH_LABEL_STUDIO_PROJECT={PROJECT}\n\nCtrl-C stops it; what was reviewed stays in {_DATA}.",
+            f"VLLM_BATCH_LABEL_STUDIO_PROJECT={PROJECT}\n\nCtrl-C stops it; what was reviewed stays in {folder}.",
             flush=True,
         )
+        assert server.process is not None
         with suppress(KeyboardInterrupt):
             server.process.wait()
 

@@ -302,12 +302,25 @@ def test_when_the_run_is_killed_that_had_a_model_sleep_that_goes_on(world: Engin
 
 
 @pytest.mark.parametrize("victim", ["host", "server"])
+def test_a_sigkill_while_falling_asleep_makes_room_too(world: EngineWorld, victim: str) -> None:
+    with sleeper(world, "a", "hangs-at-sleep") as a:
+        a.start()
+    other = Starting(world.server(name="other"))
+    host = world.see("a", "falling asleep").pid
+    assert host
+    assert not world.lock_is_free("GPU-0")
+    os.kill(host if victim == "host" else server_pid(world, "a"), signal.SIGKILL)
+    other.join().release()
+    world.see_all_gone()
+
+
+@pytest.mark.parametrize("victim", ["host", "server"])
 def test_a_sigkill_while_waking_starts_another_server(world: EngineWorld, victim: str) -> None:
     put_to_sleep(world, "a", "hangs-at-wake")
     again = Starting(sleeper(world, "a", "hangs-at-wake"))
     host = world.see("a", "waking").pid
     assert host
-    assert not world.lock_is_free("GPU-0")
+    wait_until(lambda: not world.lock_is_free("GPU-0"))
     os.kill(host if victim == "host" else server_pid(world, "a"), signal.SIGKILL)
     assert not again.join().woken
     assert world.starts[-1] == "a GPU-0"

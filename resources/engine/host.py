@@ -102,7 +102,10 @@ class Host:
 
     def _say(self, event: str, **facts: Any) -> None:
         with contextlib.suppress(OSError):  # a full disk does not end a server
-            os.write(self._events, json.dumps({"event": event, "at": time.time(), **facts}).encode() + b"\n")
+            self._must_say(event, **facts)
+
+    def _must_say(self, event: str, **facts: Any) -> None:
+        os.write(self._events, json.dumps({"event": event, "at": time.time(), **facts}).encode() + b"\n")
 
     def _note(self, text: str) -> None:
         """A line of ours in the server's log."""
@@ -239,12 +242,12 @@ class Host:
         if not agree(self._canary, self._server.canary(self.spec["names"])):
             return None if self._gives_up() else "its answer after a sleep is not the one before"
         self._rest = None
-        self._say("woken", wake_seconds=time.monotonic() - begun)
+        self._must_say("woken", wake_seconds=time.monotonic() - begun)
         return None
 
     def _set_rest(self, rest: Rest) -> None:
         self._rest = rest
-        self._say("rest", what=rest)
+        self._must_say("rest", what=rest)  # runs go by it: a server of which it cannot be said is ended
 
     def _lock_devices(self) -> bool:
         try:

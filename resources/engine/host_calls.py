@@ -111,8 +111,8 @@ def _essence(answer: Any) -> dict[str, Any]:
 
 
 def _is_same(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    one, other = before.get("vector"), after.get("vector")
-    if one is None or other is None:
+    one, other = before.get("vector", ()), after.get("vector", ())
+    if before == after or not all(isinstance(number, float) for number in (*one, *other)):
         return before == after
-    near = _NEAR * max(map(abs, one))
-    return len(one) == len(other) and all(abs(a - b) <= near for a, b in zip(one, other, strict=True))
+    near = _NEAR * max(map(abs, one), default=0)
+    return len(one) == len(other) > 0 and all(abs(a - b) <= near for a, b in zip(one, other, strict=True))

@@ -7,7 +7,7 @@ from assets.batch_requests import batch_requests
 from assets.partitions import BATCH_FILES, GROUP, OWNERS
 from assets.reporting import all_of, failures_for_people, progress_reporter, table
 from resources import pipeline
-from resources.answering import Mode, ModelReport
+from resources.answering import Mode
 from resources.batch_store.resource import BatchStoreResource
 from resources.chunk_store.retry import FailureKind, failures_of
 from resources.engine.resource import EngineResource
@@ -40,6 +40,7 @@ _REPORT_COLUMNS = [
     "seconds",
     "load_seconds",
     "warm",
+    "woken",
     "swaps",
     "generation",
 ]
@@ -86,7 +87,7 @@ def batch_results(
             "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
             "duration_seconds": round(seconds, 2),
             "load_seconds": round(sum(model.load_seconds for model in report.models), 1),
-            "engine": ", ".join(f"{model.model}: {_start(model)}" for model in report.models),
+            "engine": ", ".join(f"{model.model}: {model.start}" for model in report.models),
             "swaps": sum(model.swaps for model in report.models),
             "model": ", ".join(model.model for model in report.models),
             "deadline_passed": report.expired,
@@ -99,12 +100,4 @@ def batch_results(
         data_version=DataVersion(
             "+".join(f"{entry['generation']}.r{entry['revision']}" for entry in current.values()) or "none"
         ),
-    )
-
-
-def _start(model: ModelReport) -> str:
-    if not model.asked and not model.load_seconds:
-        return "not needed"
-    return (
-        "warm" if model.warm else f"cold, loaded in {model.load_seconds:.1f} s" if model.load_seconds else model.engine
     )

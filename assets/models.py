@@ -43,6 +43,7 @@ def _spec(entry: ModelEntry) -> AssetSpec:
         "aliases": ", ".join(entry.aliases) or None,
         "devices": entry.devices_needed if entry.engine == "vllm" else None,
         "keep_alive_seconds": entry.keep_alive if entry.engine == "vllm" else None,
+        "residency": str(entry.residency) if entry.engine == "vllm" else None,
         "concurrency": entry.concurrency,
         "defaults": MetadataValue.json(entry.defaults) if entry.defaults else None,
         "engine_args": MetadataValue.json(entry.engine_args) if entry.engine_args else None,

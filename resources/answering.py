@@ -60,8 +60,10 @@ class ModelReport:
     load_seconds: float = 0.0
     warm: bool = False
     """The server was up when we came."""
+    woken: bool = False
+    """The server slept when we came; `load_seconds` is what it took to wake."""
     swaps: int = 0
-    """Servers of other models that were stopped to make room."""
+    """Servers of other models that were stopped, or put to sleep, to make room."""
     engine_restarts: int = 0
     quarantined: int = 0
     tokens: Booking | None = None
@@ -70,6 +72,15 @@ class ModelReport:
     @property
     def tokens_per_second(self) -> float:
         return self.completion_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def start(self) -> str:
+        """How its engine came up, for people."""
+        if not self.asked and not self.load_seconds:
+            return "not needed"
+        if self.warm or not self.load_seconds:
+            return "warm" if self.warm else self.engine
+        return f"{'woken' if self.woken else 'cold, loaded'} in {self.load_seconds:.1f} s"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"tokens_per_second": round(self.tokens_per_second, 1)}
@@ -175,7 +186,8 @@ class Answering:
             tell(Progress("answer", finished_before + done, total, failed_before, note=note))
 
         with self._engines.start(entry, self._stop, waiting) as engine:
-            report.load_seconds, report.warm, report.swaps = engine.load_seconds, engine.warm, len(engine.replaced)
+            report.load_seconds, report.swaps = engine.load_seconds, len(engine.replaced)
+            report.warm, report.woken = engine.warm, engine.woken
             dispatcher = Dispatcher(
                 engine,
                 commit,

@@ -22,36 +22,7 @@ from resources.engine.vllm_server import VllmServer
 from tests.helpers import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# Answers every GET with 200 on the socket that `--uds` names, and has a child; both carry the socket's path in their
-# command lines. `--mode` makes it misbehave. Each start is a line in `starts`.
-STAND_IN = """
-import os, signal, socket, subprocess, sys, time
-path = sys.argv[sys.argv.index("--uds") + 1]
-mode = next((a.split("=")[1] for a in sys.argv if a.startswith("--mode=")), "good")
-name = sys.argv[sys.argv.index("--served-model-name") + 1]
-with open(os.path.join(os.path.dirname(__file__), "starts"), "a") as starts:
-    starts.write(f"{name} {os.environ.get('CUDA_VISIBLE_DEVICES', 'cpu')}\\n")
-if mode == "stubborn":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if mode == "refuses":
-    print("(EngineCore pid=7) ERROR 11-21 01:45:23 [core.py:1] ValueError: no memory for that", flush=True)
-    print("who passed it on\\n" * 40, end="", flush=True)
-    sys.exit(3)
-child = [sys.executable, "-S", "-c", "import time; time.sleep(600)", path]
-subprocess.Popen(child, start_new_session=mode == "strays")
-print("loaded", flush=True)
-if mode == "mute":
-    signal.pause()
-listener = socket.socket(socket.AF_UNIX)
-listener.bind(path)
-listener.listen()
-while True:
-    connection, _ = listener.accept()
-    connection.recv(65536)
-    connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n")
-    connection.close()
-"""
+STAND_IN = Path(__file__).with_name("stand_in_server.py")
 
 # A run: has the stand-in started, says so, and lives until it is killed.
 RUN = """
@@ -61,8 +32,9 @@ from resources.engine.catalog import ModelEntry
 from resources.engine.vllm_server import VllmServer
 world = Path(os.environ["WORLD"])
 entry = ModelEntry(name=os.environ["MODEL"], source="org/model", keep_alive=float(os.environ["KEEP_ALIVE"]),
-                   engine_args={"mode": "good"})
+                   engine_args={"mode": "good"}, residency=os.environ.get("RESIDENCY", "stop"))
 server = VllmServer(entry, runtime_dir=world, log_dir=world / "logs", who="the first run",
+                    gpus=lambda: json.loads(os.environ["GPUS"]),
                     command=[sys.executable, "-S", os.environ["STAND_IN"]], stop_grace=0.5)
 server.start()
 if os.environ.get("FORKS") and os.fork() == 0:
@@ -82,13 +54,19 @@ class EngineWorld:
         self.folder = folder
         self.gpus = {str(n): f"GPU-{n}" for n in range(gpus)}
         self.stand_in = folder / "stand_in.py"
-        self.stand_in.write_text(STAND_IN)
+        shutil.copy(STAND_IN, self.stand_in)  # what it writes, it writes beside itself
         self.devices = folder / "devices"
         self.hosts = Hosts(folder)
         self._runs: list[subprocess.Popen[str]] = []
 
     def server(
-        self, mode: str = "good", name: str = "second", who: str = "a test", needs: int = 1, **entry: Any
+        self,
+        mode: str = "good",
+        name: str = "second",
+        who: str = "a test",
+        needs: int = 1,
+        sleep_timeout: float = 20,
+        **entry: Any,
     ) -> VllmServer:
         """A run's hold on a stand-in; its host stops as soon as it is released, unless `keep_alive` says otherwise."""
         arguments = {"mode": mode, **({"tensor_parallel_size": needs} if needs > 1 else {})}
@@ -100,11 +78,13 @@ class EngineWorld:
             gpus=lambda: self.gpus,
             command=[sys.executable, "-S", str(self.stand_in)],
             stop_grace=0.5,
+            sleep_timeout=sleep_timeout,
         )
 
     def run(self, model: str = "first", keep_alive: float = 0, **environ: str) -> tuple[subprocess.Popen[str], int]:
         """A run in a process of its own whose server is up; the process and its host's number."""
         world = {"WORLD": str(self.folder), "STAND_IN": str(self.stand_in), "PYTHONPATH": str(ROOT), "MODEL": model}
+        world["GPUS"] = json.dumps(self.gpus)
         process = subprocess.Popen(
             [sys.executable, "-c", RUN], env={**os.environ, **world, "KEEP_ALIVE": str(keep_alive), **environ},
             stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -137,16 +117,28 @@ class EngineWorld:
     @property
     def starts(self) -> list[str]:
         """Model and devices of every server that was ever started."""
-        file = self.folder / "starts"
+        return self._lines("starts")
+
+    @property
+    def calls(self) -> list[str]:
+        """Model and path of every call to sleep or to wake that a server got."""
+        return self._lines("calls")
+
+    def _lines(self, name: str) -> list[str]:
+        file = self.folder / name
         return file.read_text().splitlines() if file.exists() else []
+
+    def see(self, model: str, state: str) -> HostStatus:
+        """Wait until that model's host is in that state."""
+        return wait_until(lambda: next((s for s in self.hosts.status() if (s.model, s.state) == (model, state)), None))
 
     def status(self, model: str) -> HostStatus | None:
         return next((status for status in self.hosts.status() if status.model == model), None)
 
-    def told(self) -> Told:
-        """What the one host has said."""
-        (path,) = self.hosts.servers_dir.iterdir()
-        events = HostFolder(path).events
+    def told(self, model: str | None = None) -> Told:
+        """What the one host, or that of a model, has said."""
+        (found,) = [s for s in self.hosts.status() if model in (None, s.model)]
+        events = HostFolder(self.hosts.servers_dir / found.id).events
         told = events.read()
         events.close()
         return told
@@ -165,7 +157,8 @@ class EngineWorld:
             return True
 
     def all_gone(self) -> bool:
-        return not self.servers() and not self.hosts_and_guardians() and self.lock_is_free()
+        free = all(map(self.lock_is_free, self.gpus.values() or ["cpu"]))
+        return free and not self.servers() and not self.hosts_and_guardians()
 
     def see_all_gone(self) -> None:
         wait_until(self.all_gone, GONE_SECONDS)

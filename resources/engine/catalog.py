@@ -11,6 +11,7 @@ models:
     defaults: {temperature: 0}       # body fields for requests that do not set them
     concurrency: 64                  # requests in flight; left out, as many as the server takes
     keep_alive: 300                  # seconds that the server stays after the last run that used it
+    residency: sleep                 # what it does when another model needs its GPU: stop (default) | sleep
     adapters:                        # LoRA adapters over this model: names that requests may use, served by its server
       my-model-legal: ./adapters/legal
 """
@@ -42,6 +43,13 @@ class EngineKind(StrEnum):
     NULL = "null"
 
 
+class Residency(StrEnum):
+    """What an idle vLLM server does to make room on its device."""
+
+    STOP = "stop"
+    SLEEP = "sleep"
+
+
 class ModelEntry(BaseModel):
     """One model of the catalog. Unknown keys are refused."""
 
@@ -68,6 +76,9 @@ class ModelEntry(BaseModel):
     )
     startup_timeout: float = Field(900, gt=0, description="Seconds a vLLM server may take to come up.")
     keep_alive: float = Field(300, ge=0, description="Seconds a vLLM server is kept after the last run that used it.")
+    residency: Residency = Field(
+        Residency.STOP, description="vllm: whether the server stops or sleeps when another model needs its GPU."
+    )
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -88,6 +99,8 @@ class ModelEntry(BaseModel):
             raise ValueError("engine openai needs `base_url`, for example http://127.0.0.1:8000/v1")
         if self.engine is not EngineKind.VLLM and (self.engine_args or self.revision or self.env or self.adapters):
             raise ValueError("`engine_args`, `revision`, `env` and `adapters` are for engine vllm alone")
+        if self.engine is not EngineKind.VLLM and self.residency is Residency.SLEEP:
+            raise ValueError("`residency: sleep` is for engine vllm alone")
         if bad := [name for name in self.adapters if not re.match(NAME_PATTERN, name)]:
             raise ValueError(f"`{bad[0]}` is no name for an adapter")
         secret = sorted(

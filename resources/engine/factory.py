@@ -48,9 +48,14 @@ class EngineStarter:
 
     def warm(self, entries: Iterable[ModelEntry]) -> set[str]:
         """The names of those whose server is up or coming up."""
+        return {name for name, state in self.states(entries).items() if state == "warm"}
+
+    def states(self, entries: Iterable[ModelEntry]) -> dict[str, str]:
+        """`warm` or `asleep`, for the names of those that have a server."""
         ours = [entry for entry in entries if entry.engine is EngineKind.VLLM]
-        settings = Hosts(self.runtime_dir).warm() if ours else set()
-        return {entry.name for entry in ours if settings and self._server(entry).settings() in settings}
+        states = Hosts(self.runtime_dir).states() if ours else {}
+        found = {entry.name: states.get(self._server(entry).settings()) for entry in ours} if states else {}
+        return {name: state for name, state in found.items() if state}
 
     @property
     def devices(self) -> int:
@@ -82,6 +87,7 @@ def running(server: VllmServer, stop: threading.Event) -> RunningEngine:
         connect=lambda: Endpoint(socket_path=server.socket_path),
         load_seconds=server.load_seconds,
         warm=server.warm,
+        woken=server.woken,
         replaced=tuple(server.replaced),
         died=died,
         restart=restart,

@@ -9,7 +9,11 @@ of its folder and the locks of its devices. The rules, in order:
    loading is kept only for those who wait for it. Then, or when it is asked to, the host ends every process of it,
    removes its folder, and exits.
 3. A server that dies is not started again: the host says so in its events and in the log, and exits.
-4. The host killed: the kernel kills the server (parent-death signal), and its orphans become the guardian's children,
+4. Where the spec allows it, an idle server makes room by sleeping: its weights go to the memory of the machine. The
+   locks of the devices are let go when it has said that it sleeps, and taken again before it is woken; that of the
+   folder is held all the while. It sleeps for `keep_alive` seconds, and for as long as a run waits for it. One that
+   does not fall asleep, does not wake, or does not give the same greedy answer as before, is ended as if it had died.
+5. The host killed: the kernel kills the server (parent-death signal), and its orphans become the guardian's children,
    which ends them. The guardian killed: the host is told by the kernel, and stops as if it were asked to.
    Both killed: the kernel frees the locks and kills the server; what the server had started is ended by the next run
    that looks, as the record in the events tells.
@@ -18,19 +22,21 @@ Standard library only, and few of its modules: this has to be up in milliseconds
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Never, TypedDict
 
-from resources.engine.host_folder import HostFolder
-from resources.engine.notes import mutex, read_notes
+from resources.engine.host_calls import Server, agree
+from resources.engine.host_folder import HostFolder, Rest
+from resources.engine.notes import live_notes, mutex, read_notes
 from resources.engine.processes import (
     PR_SET_CHILD_SUBREAPER,
     PR_SET_PDEATHSIG,
@@ -43,7 +49,6 @@ from resources.engine.processes import (
 )
 
 POLL_SECONDS = 0.2
-HEALTH_SECONDS = 1.0
 
 
 class Spec(TypedDict):
@@ -51,22 +56,33 @@ class Spec(TypedDict):
 
     folder: str
     mutex: str
+    queue: str
     command: list[str]
     env: dict[str, str]
     log: str
     grace: float  # seconds between SIGTERM and SIGKILL
     startup_timeout: float
     keep_alive: float
+    names: list[str]  # under which the model, and each adapter, is asked
+    sleep_timeout: float  # seconds that falling asleep, waking or a canary may take; 0 where it never sleeps
 
 
 class Host:
-    def __init__(self, spec: Spec) -> None:
+    """`devices` are the locked files of the devices."""
+
+    def __init__(self, spec: Spec, devices: Sequence[int] = ()) -> None:
         self.spec = spec
+        self._devices = devices
         self.folder = HostFolder(Path(spec["folder"]))
         self.stop_asked = False
         self._events = os.open(self.folder.events.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._server = Server(self.folder.socket_path, spec["sleep_timeout"], self._gives_up)
+        self._log = -1
+        self._keep = spec["keep_alive"]
         self._idle_until = 0.0
         self._was_leased = True
+        self._rest: Rest | None = None
+        self._canary: list[Any] | None = None  # what the server answered when it had loaded
 
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -86,10 +102,18 @@ class Host:
 
     def _say(self, event: str, **facts: Any) -> None:
         with contextlib.suppress(OSError):  # a full disk does not end a server
-            os.write(self._events, json.dumps({"event": event, "at": time.time(), **facts}).encode() + b"\n")
+            self._must_say(event, **facts)
+
+    def _must_say(self, event: str, **facts: Any) -> None:
+        os.write(self._events, json.dumps({"event": event, "at": time.time(), **facts}).encode() + b"\n")
+
+    def _note(self, text: str) -> None:
+        """A line of ours in the server's log."""
+        with contextlib.suppress(OSError):
+            os.write(self._log, f"engine host: {text}\n".encode())
 
     def _serve(self) -> None:
-        log = _open_log(Path(self.spec["log"]))
+        log = self._log = _open_log(Path(self.spec["log"]))
         host = os.getpid()
 
         def die_with_host() -> None:
@@ -107,7 +131,7 @@ class Host:
             self._say("started", record=Record(*who, file_id(os.fstat(log)), str(self.folder.path)))
             reason, crashed = self._watch(server)
             if crashed:
-                os.write(log, f"engine host: {reason}; the server is not started again by itself\n".encode())
+                self._note(f"{reason}; the server is not started again by itself")
             self._say("ended", reason=reason, crashed=crashed)
         finally:
             # Everything below us is the server's, whatever group or session it moved to.
@@ -123,14 +147,18 @@ class Host:
                 return (f"exit code {code}" if code >= 0 else f"killed by signal {-code}"), True
             if self.stop_asked or self.folder.stops_now:
                 return "stopped", False
-            if not ready and _is_healthy(str(self.folder.socket_path)):
+            if not ready and self._server.is_healthy():
                 ready = True
+                if self.spec["sleep_timeout"]:
+                    self._canary = self._server.canary(self.spec["names"])
                 self._idle_until = time.monotonic() + self.spec["keep_alive"]
                 self._say("ready", load_seconds=time.monotonic() - started)
             if not ready and time.monotonic() - started > self.spec["startup_timeout"]:
                 return f"not ready after {self.spec['startup_timeout']:g} s (startup_timeout)", True
             if not self._is_wanted(ready):
                 return "stopped", False
+            if ready and (trouble := self._sleep_or_wake()):
+                return trouble, True
             select.select([], [], [], POLL_SECONDS)
 
     def _is_wanted(self, ready: bool) -> bool:
@@ -141,7 +169,7 @@ class Host:
         if waits or not self.folder.path.exists():
             return waits
         with mutex(Path(self.spec["mutex"])):
-            if self._is_leased():
+            if self._is_leased() or (self._rest and not self.folder.is_stopping and self._is_waited_for()):
                 return True
             self.folder.ask_to_stop()
             return False
@@ -153,8 +181,8 @@ class Host:
             if note.live:
                 leased = True
                 continue
-            keep = note.content.get("keep_alive", self.spec["keep_alive"])
-            self._idle_until = max(self._idle_until, time.monotonic() + keep)
+            self._keep = note.content.get("keep_alive", self._keep)
+            self._idle_until = max(self._idle_until, time.monotonic() + self._keep)
             note.path.unlink(missing_ok=True)
             self._was_leased = True
         if leased != self._was_leased:
@@ -162,20 +190,79 @@ class Host:
             if leased:
                 self._say("leased")
             else:
-                self._say("idle", until=time.time() + self._idle_until - time.monotonic())
+                self._say_idle()
         return leased
 
+    def _say_idle(self) -> None:
+        self._say("idle", until=time.time() + self._idle_until - time.monotonic())
 
-def _is_healthy(path: str) -> bool:
-    """GET /health, by hand: http.client would double the time this process takes to start."""
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
-        connection.settimeout(HEALTH_SECONDS)
+    def _is_waited_for(self) -> bool:
+        settings = self.folder.spec.get("settings")
+        return any(note.content.get("settings") == settings for note in live_notes(Path(self.spec["queue"])))
+
+    # --- Sleeping -----------------------------------------------------------------------------------------------------
+
+    def _sleep_or_wake(self) -> str | None:
+        """One step towards what runs ask for; why the server is good for nothing any more, where it is."""
+        asked = self.folder.is_asked_to_sleep
+        if asked and self._rest is None:
+            return self._fall_asleep()
+        if asked and self._rest is Rest.WAKING:  # who wanted it is gone before the devices were there
+            self._set_rest(Rest.ASLEEP)
+        if not asked and self._rest:
+            if self._rest is Rest.ASLEEP:
+                self._set_rest(Rest.WAKING)  # said before the locks are taken: who finds it asleep, finds them free
+            if self._lock_devices():
+                return self._wake()
+        return None
+
+    def _fall_asleep(self) -> str | None:
+        with mutex(Path(self.spec["mutex"])):
+            if not self.folder.is_asked_to_sleep:  # a run came first
+                return None
+            if self._canary is None:
+                self._note("it gives no answer that could be compared after a sleep, so it is stopped instead")
+                self.folder.ask_to_stop()
+                return None
+            self._set_rest(Rest.FALLING_ASLEEP)  # from here on a lease has to wait until it is awake again
+        if not self._server.sleep():
+            return None if self._gives_up() else "it did not fall asleep"
+        for lock in self._devices:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # the guardian's too: it is one lock, open in both
+        self._idle_until = time.monotonic() + self._keep
+        self._set_rest(Rest.ASLEEP)
+        self._say_idle()
+        return None
+
+    def _wake(self) -> str | None:
+        begun = time.monotonic()
+        if not self._server.wake():
+            return None if self._gives_up() else "it did not wake"
+        assert self._canary
+        if not agree(self._canary, self._server.canary(self.spec["names"])):
+            return None if self._gives_up() else "its answer after a sleep is not the one before"
+        self._rest = None
+        self._must_say("woken", wake_seconds=time.monotonic() - begun)
+        return None
+
+    def _set_rest(self, rest: Rest) -> None:
+        self._rest = rest
+        self._must_say("rest", what=rest)  # runs go by it: a server of which it cannot be said is ended
+
+    def _lock_devices(self) -> bool:
         try:
-            connection.connect(path)
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            return connection.recv(64).split(b" ")[1:2] == [b"200"]
-        except OSError:
+            for lock in self._devices:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            for lock in self._devices:
+                fcntl.flock(lock, fcntl.LOCK_UN)
             return False
+        return True
+
+    def _gives_up(self) -> bool:
+        """The server is to end, so nothing is waited for."""
+        stops = self.folder.is_stopping and not self.folder.leases()
+        return self.stop_asked or stops or self.folder.stops_now
 
 
 def _open_log(file: Path) -> int:
@@ -188,7 +275,7 @@ def _open_log(file: Path) -> int:
 # --- The guardian -----------------------------------------------------------------------------------------------------
 
 
-def guard(spec: Spec) -> Never:
+def guard(spec: Spec, devices: Sequence[int]) -> Never:
     """Start the host and wait for its end; then end what is left, however the host ended."""
     guardian = os.getpid()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -196,7 +283,7 @@ def guard(spec: Spec) -> Never:
     if host == 0:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() == guardian:
-            Host(spec).run()
+            Host(spec, devices).run()
         os._exit(0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -217,11 +304,11 @@ def _read_spec() -> Spec | None:
 
 
 def main(locks: list[str]) -> None:
-    """`locks` are the numbers of inherited files. The process that the run waits for ends at once."""
+    """`locks` are numbers of inherited files, the folder's last. The process that the run waits for ends at once."""
     spec = _read_spec()
     if spec is None or os.fork():
         os._exit(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
     for lock in locks:
         os.set_inheritable(int(lock), False)
-    guard(spec)
+    guard(spec, [int(lock) for lock in locks[:-1]])

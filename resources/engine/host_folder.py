@@ -6,21 +6,31 @@
     leases/         a note (notes.py) for each run that uses the server
     count           how many leases there ever were
     stop            somebody asked the host to stop: once it has no lease, or `now`
+    sleep           somebody asked the server to sleep; gone as soon as there is a lease again
     api.sock        the server's socket, beside others of vLLM's own
 
-Leases are given, and a stop is asked for, under the mutex of the runtime folder alone. Standard library only.
+Leases are given, and a stop or sleep is asked for, under the mutex of the runtime folder alone. Standard library only.
 """
 
 import contextlib
 import json
 import os
 import time
+from enum import StrEnum
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from resources.engine.notes import Note, OwnNote, is_locked, live_notes
 from resources.engine.processes import Identity, Record
+
+
+class Rest(StrEnum):
+    """What a server that was up does when it does not answer. Only one that is asleep has given its devices back."""
+
+    FALLING_ASLEEP = "falling asleep"
+    ASLEEP = "asleep"
+    WAKING = "waking"
 
 
 class Told(NamedTuple):
@@ -34,10 +44,12 @@ class Told(NamedTuple):
     crashed: bool = False  # it went by itself
     idle_at: float | None = None
     idle_until: float | None = None
+    rest: Rest | None = None
+    wake_seconds: float | None = None
 
     @property
     def ready(self) -> bool:
-        return self.load_seconds is not None and self.end is None
+        return self.load_seconds is not None and self.end is None and self.rest is None
 
 
 class Events:
@@ -79,6 +91,10 @@ class Events:
                 told = told._replace(idle_at=event["at"], idle_until=event["until"])
             case "leased":
                 told = told._replace(idle_at=None, idle_until=None)
+            case "rest":
+                told = told._replace(rest=Rest(event["what"]))
+            case "woken":
+                told = told._replace(rest=None, wake_seconds=event["wake_seconds"])
             case "ended":
                 told = told._replace(end=event["reason"], crashed=event["crashed"])
         self.told = told
@@ -91,6 +107,7 @@ class HostFolder:
         self.lock_path = path / "lock"
         self.leases_dir = path / "leases"
         self._stop = path / "stop"
+        self._sleep = path / "sleep"
         self._count = path / "count"
         self.events = Events(path / "events")
 
@@ -123,10 +140,12 @@ class HostFolder:
     # --- Leases -------------------------------------------------------------------------------------------------------
 
     def lease(self, **content: Any) -> OwnNote:
-        """A lease of this process; its name is its number. Under the mutex."""
+        """A lease of this process; its name is its number. It wakes a server that sleeps. Under the mutex."""
         number = self.lease_count + 1
         self._write("count", str(number))
-        return OwnNote(self.leases_dir / f"{number:06}", since=time.time(), **content)
+        note = OwnNote(self.leases_dir / f"{number:06}", since=time.time(), **content)
+        self._sleep.unlink(missing_ok=True)
+        return note
 
     @property
     def lease_count(self) -> int:
@@ -140,7 +159,23 @@ class HostFolder:
         """The leases that hold."""
         return live_notes(self.leases_dir)
 
-    # --- Stopping -----------------------------------------------------------------------------------------------------
+    # --- Sleeping and stopping ----------------------------------------------------------------------------------------
+
+    def ask_to_sleep(self) -> None:
+        """For a host without a lease whose spec says `sleeps`. Under the mutex."""
+        with contextlib.suppress(FileNotFoundError):
+            self._write("sleep", "")
+
+    @property
+    def is_asked_to_sleep(self) -> bool:
+        return self._sleep.exists()
+
+    @property
+    def is_asleep(self) -> bool:
+        """Its devices are another's to take, until it has a lease. Under the mutex."""
+        with contextlib.closing(self.events) as events:
+            told = events.read()
+        return told.rest is Rest.ASLEEP and told.end is None and self.is_asked_to_sleep and not self.is_stopping
 
     def ask_to_stop(self, *, now: bool = False) -> None:
         """No lease is given any more; the host stops when the last one ends, or at once. Under the mutex."""

@@ -2,7 +2,7 @@
 
     hosts.lock          the mutex: every decision is taken under it, in moments
     servers/<id>/       the folder of a host (host_folder.py)
-    devices/<id>.lock   held by the host on that device
+    devices/<id>.lock   held by the host on that device, but not while its server sleeps
     queue/<n>           a note (notes.py) of each run that waits: for what, and for which devices
 
 `turns.py` tells who gets a lease when.
@@ -41,7 +41,7 @@ class HostStatus:
     id: str
     model: str
     devices: list[str]
-    state: str  # loading, ready, stopping
+    state: str  # loading, ready, falling asleep, asleep, waking, stopping
     pid: int | None
     since: float
     log: str
@@ -88,11 +88,11 @@ class Hosts:
         """Who waits: model, who, pid, since, devices; the next one first."""
         return [_public(note) for note in live_notes(self.queue_dir)]
 
-    def warm(self) -> set[str]:
-        """The `settings` of the servers that are up or coming up."""
-        return {
-            folder.spec.get("settings", "") for folder in self._folders() if folder.is_alive and not folder.is_stopping
-        }
+    def states(self) -> dict[str, str]:
+        """By their `settings` the servers that are up or coming up (`warm`), and those that are `asleep`."""
+        living = [folder for folder in self._folders() if folder.is_alive and not folder.is_stopping]
+        found = sorted(((folder.is_asleep, folder.spec.get("settings", "")) for folder in living), reverse=True)
+        return {settings: "asleep" if asleep else "warm" for asleep, settings in found}  # of two the warm one
 
     def stop(self, ids: Sequence[str], *, now: bool = False) -> None:
         """Ask hosts to stop: when the last run has let go, or `now`."""
@@ -108,6 +108,14 @@ class Hosts:
             for folder in idle:
                 folder.ask_to_stop()
         return [folder.spec.get("model", folder.id) for folder in idle]
+
+    def stop_asleep(self, devices: Sequence[str]) -> list[str]:
+        """Ask the hosts to stop whose server sleeps and was on one of these devices; their models."""
+        with mutex(self.mutex_path):
+            asleep = [f for f in self._folders() if f.is_asleep and set(f.spec.get("devices", ())) & set(devices)]
+            for folder in asleep:
+                folder.ask_to_stop()
+        return [folder.spec.get("model", folder.id) for folder in asleep]
 
     # --- Under the mutex ----------------------------------------------------------------------------------------------
 
@@ -141,23 +149,21 @@ class Hosts:
         lease: Callable[[HostFolder], OwnNote],
     ) -> tuple[HostFolder, OwnNote] | None:
         """Start a host on devices that are free, with a lease on it; None where somebody holds one of them."""
-        locks: list[int] = []
+        locks = self._lock(devices)
+        if locks is None:
+            return None
         folder = HostFolder(self.servers_dir / secrets.token_hex(4))
         try:
-            for device in sorted(devices):
-                lock = try_lock(self._devices_dir / f"{device}.lock")
-                if lock is None:
-                    return None
-                locks.append(lock)
             folder.path.mkdir(mode=0o700)
             own = try_lock(folder.lock_path)
             assert own is not None, "a folder that nobody knows of"
             locks.append(own)
             spec = launch(folder, devices)
             public = {"model": model, "settings": settings, "devices": devices, "log": spec["log"]}
-            folder.describe(**public, created_at=time.time())
+            folder.describe(**public, sleeps=spec["sleep_timeout"] > 0, created_at=time.time())
             note = lease(folder)  # before the host looks for one
-            whole = host.Spec(folder=str(folder.path), mutex=str(self.mutex_path), **spec)  # type: ignore[typeddict-item]
+            paths = {"folder": str(folder.path), "mutex": str(self.mutex_path), "queue": str(self.queue_dir)}
+            whole = host.Spec(**paths, **spec)  # type: ignore[typeddict-item]
             try:
                 _launch(whole, locks, model)
             except BaseException:
@@ -171,6 +177,25 @@ class Hosts:
                 os.close(lock)  # the host has them open; not unlocked, which would be for both
         return folder, note
 
+    def are_free(self, devices: list[str]) -> bool:
+        """Nobody holds one of them."""
+        locks = self._lock(devices)
+        for lock in locks or ():
+            os.close(lock)
+        return locks is not None
+
+    def _lock(self, devices: list[str]) -> list[int] | None:
+        """Their open, locked files, all or none."""
+        locks: list[int] = []
+        for device in sorted(devices):
+            lock = try_lock(self._devices_dir / f"{device}.lock")
+            if lock is None:
+                for other in locks:
+                    os.close(other)
+                return None
+            locks.append(lock)
+        return locks
+
     def _folders(self) -> list[HostFolder]:
         return [HostFolder(path) for path in sorted(self.servers_dir.iterdir()) if path.is_dir()]
 
@@ -182,13 +207,13 @@ def _public(note: Note) -> dict[str, Any]:
 
 def _status(folder: HostFolder, spec: dict[str, Any], told: Told) -> HostStatus:
     leases = [_public(note) for note in folder.leases()]
-    idle = told.ready and not leases and told.idle_at is not None
+    idle = told.load_seconds is not None and not told.end and not leases and told.idle_at is not None
     now = time.time()
     return HostStatus(
         id=folder.id,
         model=spec["model"],
         devices=spec["devices"],
-        state="stopping" if folder.is_stopping or told.end else "ready" if told.ready else "loading",
+        state="stopping" if folder.is_stopping or told.end else told.rest or ("ready" if told.ready else "loading"),
         pid=told.host.pid if told.host else None,
         since=spec["created_at"],
         log=spec["log"],

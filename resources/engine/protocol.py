@@ -69,8 +69,8 @@ class RunningEngine:
 
     For an engine that we own: `died` tells why it is gone, None while it lives; `restart` gets another one that nobody
     else uses, which takes minutes; it gets a callback for words about how far it is, and raises EngineStartFailed or
-    BatchStopped. `shared` tells whether others use it too, or have. `warm` is one that was up when we came, and
-    `replaced` are the models that made room for it.
+    BatchStopped. `shared` tells whether others use it too, or have. `warm` is one that was up when we came, `woken`
+    one that slept then (and took `load_seconds` to wake), and `replaced` are the models that made room for it.
     """
 
     connect: Callable[[], AbstractAsyncContextManager[Engine]]
@@ -79,6 +79,7 @@ class RunningEngine:
     restart: Callable[[Callable[[str], None]], None] | None = None
     shared: Callable[[], bool] = lambda: False
     warm: bool = False
+    woken: bool = False
     replaced: tuple[str, ...] = ()
     in_process: bool = False
     most_running: int | None = None

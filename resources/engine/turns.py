@@ -110,29 +110,38 @@ class _Decision:
         return {**said, "devices": self._place, "why": self.why}
 
     def take(self, launch: Launch) -> Held | None:
-        same = next((folder for folder in self.running if self._is_as_wanted(folder)), None)
-        if same:
+        found = sorted(filter(self._is_as_wanted, self.running), key=lambda folder: folder.is_asleep)
+        same = found[0] if found else None
+        if same and not same.is_asleep:
             return self._join(same)
         ahead = next((n for n in self._before if n.content.get("settings") == self._wanted.settings), None)
         if ahead:  # it will start the server that is ours, too
             self._place = ahead.content["devices"]
             return self._wait(f"{_name(ahead)}, which came first and waits for the same model")
         self._place = self._best_devices()
+        if same and (self._holders(self._place) or not self._holders(self._devices(same))):
+            self._place = self._devices(same)  # it wakes where it was
+        else:
+            same = None
         in_line = next((n for n in self._before if set(n.content.get("devices", ())) & set(self._place)), None)
         if in_line:
             return self._wait(f"its turn after {_name(in_line)}, which waits for model {in_line.content.get('model')}")
-        in_the_way = [folder for folder in self.running if set(self._devices(folder)) & set(self._place)]
-        for folder in in_the_way:
-            if not folder.is_stopping and not folder.leases():
+        wanted = self._wanted
+        for folder in self.running:  # it was changed since, or is wanted elsewhere
+            if folder is not same and folder.is_asleep and self._specs[folder.id].get("model") == wanted.model:
                 folder.ask_to_stop()
-                self.stopped.append(self._specs[folder.id].get("model", "?"))
+        in_the_way = self._holders(self._place)
+        for folder in in_the_way:
+            if not (folder.is_stopping or folder.is_asked_to_sleep or folder.leases()):
+                self._make_room(folder)
         if in_the_way:
             return self._wait(" and ".join(map(self._holder, in_the_way)))
-        wanted = self._wanted
-        started = self._hosts.start(wanted.model, wanted.settings, self._place, launch, self._note)
-        if started is None:
-            return self._wait(f"device {', '.join(self._place)}, which another process holds")
-        return _held(*started, alone=True, started=True)
+        if same:  # its host takes the devices: from the lease on it is in everybody's way
+            held = _held(same, self._note(same), alone=True) if self._hosts.are_free(self._place) else None
+        else:
+            started = self._hosts.start(wanted.model, wanted.settings, self._place, launch, self._note)
+            held = _held(*started, alone=True, started=True) if started else None
+        return held or self._wait(f"device {', '.join(self._place)}, which another process holds")
 
     def _join(self, folder: HostFolder) -> Held | None:
         self._place = self._devices(folder)
@@ -142,6 +151,15 @@ class _Decision:
         if leases and (self._wanted.alone or any(note.content.get("alone") for note in leases)):
             return self._wait(self._holder(folder) + ", alone with it" * (not self._wanted.alone))
         return _held(folder, self._note(folder), alone=not leases)
+
+    def _make_room(self, folder: HostFolder) -> None:
+        """It sleeps where it can, but for one of this very model: that was changed since, and is of no use any more."""
+        spec = self._specs[folder.id]
+        if spec.get("sleeps") and spec["model"] != self._wanted.model:
+            folder.ask_to_sleep()
+        else:
+            folder.ask_to_stop()
+        self.stopped.append(spec.get("model", "?"))
 
     def _note(self, folder: HostFolder) -> OwnNote:
         wanted = self._wanted
@@ -164,12 +182,12 @@ class _Decision:
         """Free ones, then those that are about to be, then idle ones (idle for the longest first), then any."""
 
         def rank(device: str) -> tuple[object, ...]:
-            folder = next((f for f in self.running if device in self._devices(f)), None)
+            folder = next(iter(self._holders([device])), None)
             if folder is None:
                 state = (0, 0.0)
             elif folder.leases():
                 state = (3, 0.0)
-            elif folder.is_stopping:
+            elif folder.is_stopping or folder.is_asked_to_sleep:
                 state = (1, 0.0)
             else:
                 with contextlib.closing(folder.events) as events:
@@ -178,13 +196,17 @@ class _Decision:
 
         return sorted(self._wanted.devices, key=rank)[: self._wanted.needed]
 
+    def _holders(self, devices: Sequence[str]) -> list[HostFolder]:
+        """The hosts on these devices. One that sleeps is on none; one that is stopping is until it is gone."""
+        return [f for f in self.running if set(self._devices(f)) & set(devices) and not f.is_asleep]
+
     def _devices(self, folder: HostFolder) -> list[str]:
         return list(self._specs[folder.id].get("devices", ()))
 
     def _holder(self, folder: HostFolder) -> str:
         spec = self._specs[folder.id]
         who = ", ".join(_name(note) for note in folder.leases())
-        doing = f"in use by {who}" if who else "which is stopping"
+        doing = f"in use by {who}" if who else "which makes room"
         return f"device {', '.join(spec.get('devices', ()))}: model {spec.get('model')}, {doing}"
 
 

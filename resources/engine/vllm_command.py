@@ -64,6 +64,13 @@ def server_environment(entry: ModelEntry, environ: Mapping[str, str]) -> dict[st
     return environment | entry.env
 
 
+NO_SLEEP_ON_CPU = "vLLM's sleep mode needs a GPU; here the server stops to make room"
+# Errors are logged with what they hold unless we say otherwise: the development mode turns that on.
+SLEEP_ARGUMENTS = ("--enable-sleep-mode", "--no-log-error-stack")
+# Opens vLLM's development endpoints, sleep and wake among them: to the owner of the socket's folder alone.
+SLEEP_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
+
+
 def cpu_environment(entry: ModelEntry) -> dict[str, str]:
     """What vLLM on a CPU needs where nobody says otherwise: 2 GiB of KV cache, a thread on each CPU we may use."""
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2"}

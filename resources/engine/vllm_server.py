@@ -17,19 +17,28 @@ from types import TracebackType
 from typing import Any, Self
 
 from resources.chunk_store.fingerprint import engine_versions, fingerprint_inputs
-from resources.engine import host, host_folder, processes
-from resources.engine.catalog import ModelEntry
+from resources.engine import host, host_calls, host_folder, processes
+from resources.engine.catalog import ModelEntry, Residency
 from resources.engine.devices import CPU, installed_gpus, visible_devices
 from resources.engine.host_folder import HostFolder, Told
 from resources.engine.hosts import Hosts
 from resources.engine.turns import Held, Wanted, lease
-from resources.engine.vllm_command import VLLM_COMMAND, cpu_environment, server_arguments, server_environment
+from resources.engine.vllm_command import (
+    NO_SLEEP_ON_CPU,
+    SLEEP_ARGUMENTS,
+    SLEEP_ENVIRONMENT,
+    VLLM_COMMAND,
+    cpu_environment,
+    server_arguments,
+    server_environment,
+)
 from resources.errors import BatchStopped, EngineStartFailed, SettingsError
 
 log = logging.getLogger(__name__)
 
 SOCKET_PATH_BYTES = 107  # sun_path in unix(7), less the closing zero
 STOP_GRACE_SECONDS = 10.0
+SLEEP_SECONDS = 300.0  # for the weights of the largest GPU on their way to slow memory
 PROGRESS_SECONDS = 5.0
 _LOOK_SECONDS = 0.1
 _TRIES = 3
@@ -52,6 +61,7 @@ class VllmServer:
         gpus: index to UUID, as `installed_gpus` gives them.
         command: what is started; the arguments of vLLM's server are added. Another one is a stand-in for tests.
         stop_grace: seconds that the server has to end by itself when asked to.
+        sleep_timeout: seconds that it may take to fall asleep, and to wake.
 
     Raises:
         SettingsError: `runtime_dir` is too long for a socket's path, or not ours.
@@ -69,13 +79,16 @@ class VllmServer:
         gpus: Callable[[], Mapping[str, str]] = installed_gpus,
         command: Sequence[str] = VLLM_COMMAND,
         stop_grace: float = STOP_GRACE_SECONDS,
+        sleep_timeout: float = SLEEP_SECONDS,
     ) -> None:
         self.entry = entry
         self.log_path = log_dir.absolute() / f"{log_name(entry.name)}.log"
         self.load_seconds = 0.0
-        self.warm = False
+        self.warm = self.woken = False
         self.replaced: list[str] = []
         self._who, self._gpus, self._stop_grace = who, gpus, stop_grace
+        self._sleep_timeout = sleep_timeout if entry.residency is Residency.SLEEP else 0.0
+        self._started_on: list[str] = []
         self._keep_alive = entry.keep_alive if keep_alive is None else min(keep_alive, entry.keep_alive)
         self._arguments = [*command, *server_arguments(entry)]
         longest = f"{runtime_dir.absolute()}/servers/{'x' * 8}/{'x' * 36}"  # a host's id; a UUID (vLLM's own sockets)
@@ -198,12 +211,20 @@ class VllmServer:
         for attempt in range(_TRIES):
             self._end, self._was_shared = None, False
             self._held = self._lease(reporter, **how)
+            last = attempt == _TRIES - 1
             try:
                 self._wait_until_ready(reporter)
             except _GoneMeanwhile:
                 self.release()
-                if attempt == _TRIES - 1:
+                if last:
                     raise self._start_failed("its host went away, again and again") from None
+                reporter.gone(self.end_reason or "")
+                how["at_once"] = True  # it had its turn
+            except EngineStartFailed:
+                self.release()
+                if last or not (stopped := self._hosts.stop_asleep(self._started_on)):
+                    raise
+                reporter.gone(f"it did not start beside {', '.join(stopped)}, asleep on its device and now stopped")
             except BaseException:
                 self.release()
                 raise
@@ -227,23 +248,33 @@ class VllmServer:
         )
         if wanted.devices == [CPU]:
             wanted = _on_one_device(wanted)
+            if self._sleep_timeout:
+                log.warning("`residency: sleep` of %s: %s", self.entry.name, NO_SLEEP_ON_CPU)
 
         def launch(folder: HostFolder, devices: list[str]) -> dict[str, Any]:
             own = cpu_environment(self.entry) | environment if devices == [CPU] else dict(environment)
             if devices != [CPU]:
                 own["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
             own["VLLM_RPC_BASE_PATH"] = str(folder.path)  # its own sockets, by default open to all in /tmp
+            sleeps = self._sleep_timeout > 0 and devices != [CPU]
+            own |= SLEEP_ENVIRONMENT if sleeps else {}
+            self._started_on = devices
             return {
-                "command": [*self._arguments, "--uds", str(folder.socket_path)],
+                "command": [*self._arguments, *SLEEP_ARGUMENTS * sleeps, "--uds", str(folder.socket_path)],
                 "env": own,
                 "log": str(self.log_path),
                 "grace": self._stop_grace,
                 "startup_timeout": self.entry.startup_timeout,
                 "keep_alive": self._keep_alive,
+                "names": [self.entry.name, *self.entry.adapters],
+                "sleep_timeout": self._sleep_timeout if sleeps else 0.0,
             }
 
+        self._started_on = []
         held = lease(self._hosts, wanted, launch, reporter.waiting)
-        self.warm = not held.started and held.folder.events.told.ready
+        told = held.folder.events.told
+        self.warm = not held.started and told.ready
+        self.woken = told.load_seconds is not None and not (held.started or told.ready)
         self.replaced = held.replaced
         return held
 
@@ -255,6 +286,7 @@ class VllmServer:
             fingerprint_inputs(self.entry),
             self._arguments,
             self.entry.env,
+            self.entry.residency,
             decides,
             engine_versions(self.entry),
             _code(),
@@ -269,14 +301,15 @@ class VllmServer:
                 with contextlib.suppress(OSError):
                     self._log = FileIO(self._held.folder.spec.get("log", self.log_path))
             if reason := self.end_reason:
-                if self._told().crashed and not self.warm:
+                if self._told().crashed and not (self.warm or self.woken):
                     raise self._start_failed(reason)
                 raise _GoneMeanwhile
             if told.ready:
-                self.load_seconds = 0.0 if self.warm else told.load_seconds or 0.0
+                taken = told.wake_seconds if self.woken else told.load_seconds
+                self.load_seconds = 0.0 if self.warm else taken or 0.0
                 return
-            since = time.time() - told.started_at if told.started_at else time.monotonic() - begun
-            reporter.loading(since)
+            since = time.time() - told.started_at if told.started_at and not self.woken else time.monotonic() - begun
+            reporter.loading(since, "waking" if self.woken else "loading")
             time.sleep(_LOOK_SECONDS)
 
     # --- What the host says -------------------------------------------------------------------------------------------
@@ -330,8 +363,12 @@ class _Reporter:
     def waiting(self, for_what: str) -> None:
         self._tell(f"waiting for {for_what}", time.monotonic() - self._begun)
 
-    def loading(self, seconds: float) -> None:
-        self._tell(f"loading {self._model}", seconds)
+    def loading(self, seconds: float, what: str) -> None:
+        self._tell(f"{what} {self._model}", seconds)
+
+    def gone(self, why: str) -> None:
+        log.warning("the server of %s is gone (%s); another one is started", self._model, why)
+        self._progress(f"the server of {self._model} is gone ({why}); another one is started")
 
     def _tell(self, what: str, seconds: float) -> None:
         if self._should_stop():
@@ -353,7 +390,7 @@ def _on_one_device(wanted: Wanted) -> Wanted:
 
 def _code() -> str:
     """Our own part of a host: another version of it is not trusted to do what we expect."""
-    files = (host, host_folder, processes)
+    files = (host, host_calls, host_folder, processes)
     return _hash([Path(module.__file__ or "").read_text() for module in files])
 
 

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from resources.engine import processes
-from resources.engine.catalog import ModelEntry
+from resources.engine.catalog import ModelEntry, Residency
 from resources.engine.endpoint import Endpoint
 from resources.engine.host_folder import HostFolder
 from resources.engine.protocol import EngineRequest, EngineResponse
 from resources.engine.vllm_server import VllmServer
 from resources.errors import EngineStartFailed
+from tests.engine_world import engine_world
 from tests.helpers import wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = """
 import json, signal, sys
 from pathlib import Path
-from resources.engine.catalog import ModelEntry
+from resources.engine.catalog import ModelEntry, Residency
 from resources.engine.vllm_server import VllmServer
 folder = Path(sys.argv[1])
 server = VllmServer(ModelEntry.model_validate_json(sys.argv[2]), runtime_dir=folder, log_dir=folder)
@@ -39,6 +40,14 @@ server.start()
 print(json.dumps({"host": server.host_pid, "warm": server.warm}), flush=True)
 signal.pause()
 """
+
+# vLLM refuses sleep mode on a CPU, but has its endpoints there: all happens but the moving of memory.
+WITHOUT_SLEEP_MODE = """
+import runpy, sys
+sys.argv.remove("--enable-sleep-mode")
+runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+"""
+EMBEDDER = ROOT / "models" / "all-minilm-l6-v2"
 
 
 @pytest.fixture
@@ -178,3 +187,32 @@ def test_a_sigkill_leaves_no_process_and_no_lock(demo_entry: ModelEntry, folder:
         for victim in victims:
             os.kill(pids[victim], signal.SIGKILL)
         see_nothing_left(record, folder)
+
+
+@pytest.mark.parametrize("model", ["chat", "embeddings"])
+def test_the_endpoints_of_sleep_mode_are_what_the_host_takes_them_for(demo_entry: ModelEntry, model: str) -> None:
+    """Everything of it that there is on a CPU. That a GPU's memory is freed and filled again is not seen here."""
+    embedder = ModelEntry(name="minilm", source=str(EMBEDDER), engine_args={"dtype": "float32", "enforce_eager": True})
+    entry = (demo_entry if model == "chat" else embedder).model_copy(
+        update={"residency": Residency.SLEEP, "env": {"VLLM_CPU_KVCACHE_SPACE": "2"}}
+    )
+    command = [sys.executable, "-P", "-c", WITHOUT_SLEEP_MODE]
+    with engine_world(gpus=1) as world:
+
+        def real() -> VllmServer:
+            dirs = {"runtime_dir": world.folder, "log_dir": world.folder / "logs"}
+            return VllmServer(entry, gpus=lambda: world.gpus, command=command, **dirs)
+
+        with real() as server:
+            server.start()
+        with world.server(name="other") as other:
+            other.start()
+            assert world.see(entry.name, "asleep")
+        with real() as server:
+            server.start()
+            assert server.woken, server.log_tail()
+            if model == "chat":
+                answer = json.loads(chat(server, "What is the capital of France?").body)
+                assert "Paris" in answer["choices"][0]["message"]["content"]
+            else:
+                assert ask(server, "/v1/embeddings", model="minilm", input="a").status == 200

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from resources.chunk_store.fingerprint import fingerprint_inputs
-from resources.engine.catalog import AdapterEntry, Catalog, EngineKind, load_catalog
+from resources.engine.catalog import AdapterEntry, Catalog, EngineKind, Residency, load_catalog
 from resources.engine.vllm_command import server_arguments
 from resources.errors import CatalogError
 
@@ -30,6 +30,7 @@ models:
     defaults: {temperature: 0}
     concurrency: 8
     startup_timeout: 60
+    residency: sleep
     allowed_media_domains: [example.com]
   hosted: {engine: openai, base_url: "http://127.0.0.1:1/v1", api_key_env: KEY, source: their-name}
   hub: {source: org/name}
@@ -39,6 +40,7 @@ models:
     )
     local = catalog.get("org/one")
     assert (local.name, local.engine, local.concurrency) == ("local", EngineKind.VLLM, 8)
+    assert (local.residency, catalog.get("hub").residency) == (Residency.SLEEP, Residency.STOP)
     assert local.local_source == tmp_path / "models" / "one"
     assert local.env == {"VLLM_CPU_KVCACHE_SPACE": "2"}
     assert (catalog.get("hosted").served_name, local.served_name) == ("their-name", "local")
@@ -59,6 +61,8 @@ models:
         ("models: {m: {engine: 'null', revision: x}}", "are for engine vllm alone"),
         ("models: {m: {source: x, base_url: y}}", "are for engine openai alone"),
         ("models: {m: {engine: tgi}}", "model `m`: engine"),
+        ("models: {m: {source: x, residency: nap}}", "model `m`: residency"),
+        ("models: {m: {engine: 'null', residency: sleep}}", "`residency: sleep` is for engine vllm alone"),
         ("models: {m: {engine: 'null', concurrency: 0}}", "model `m`: concurrency"),
         ("models: {'../m': {engine: 'null'}}", "model `../m`: name"),
         ("models: {a: {engine: 'null', aliases: [b]}, b: {engine: 'null'}}", "`b` of model `b` is taken by model `a`"),

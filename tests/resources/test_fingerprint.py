@@ -43,6 +43,7 @@ def test_what_changes_answers_changes_the_fingerprint(change: dict[str, Any]) ->
         {"concurrency": 5},
         {"aliases": ("other",)},
         {"startup_timeout": 5},
+        {"residency": "sleep"},
         {"env": {"VLLM_LOGGING_LEVEL": "DEBUG"}},
         {"engine_args": {"max-model-len": 1024}},
         {"engine_args": {"max_model_len": 1024, **dict.fromkeys(OPERATIONAL_ENGINE_ARGS, 1)}},

@@ -24,6 +24,7 @@ from typer.testing import CliRunner, Result
 from resources.batch_store import queue
 from resources.batch_store.store import BatchStore
 from resources.chunk_store.schema import RESULTS
+from resources.engine.devices import installed_gpus
 from resources.settings import settings
 from tests.helpers import (
     AnsweringServer,
@@ -403,6 +404,14 @@ def test_models_are_listed_and_checked(place: Place) -> None:
     checked = place("models", "check")
     assert checked.exit_code == 1
     assert "gone: no model at" in checked.stdout
+    (place.folder / "small").mkdir()
+    (place.folder / "small" / "config.json").write_text("{}")
+    (place.folder / "small" / "model.safetensors").write_bytes(b"12345678")
+    place.models["gone"] = {"source": "./small", "residency": "sleep"}
+    (place.folder / "models.yaml").write_text(yaml.safe_dump({"models": place.models}))
+    checked = place("models", "check")
+    assert checked.exit_code == 0
+    assert ("`residency: sleep`: vLLM's sleep mode needs a GPU" in checked.stdout) == (not installed_gpus())
     (place.folder / "models.yaml").unlink()
     assert place("models", "list").exit_code == 2
 

@@ -1,6 +1,7 @@
 """`vllm-batch engine`: what it shows of real hosts with stand-in servers, and what it stops."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from resources.engine.catalog import load_catalog
+from resources.engine.host_folder import HostFolder
+from resources.engine.notes import try_lock
+from resources.engine.vllm_server import VllmServer
 from resources.settings import settings
 from tests.engine_world import EngineWorld, Starting, engine_world
 from tests.helpers import wait_until
@@ -77,6 +82,50 @@ def test_an_idle_server_is_stopped_and_one_in_use_only_by_force(world: EngineWor
         assert engine("stop", "nobody").exit_code == 2
         assert engine("stop", "one", "--force").exit_code == 0
         wait_until(lambda: not first.alive, 15)
+
+
+def test_a_sleeping_server_is_shown_and_stopped_like_an_idle_one(
+    world: EngineWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for stop in (lambda: engine("stop", "one").stderr, lambda: stopped_by_the_stack()):
+        with world.server(name="first", keep_alive=3600, residency="sleep") as first:
+            first.start()
+        with world.server(name="used") as used:
+            used.start()
+            world.see("first", "asleep")
+            assert " ".join(engine("status").stdout.split()).count("asleep, stops in 60 min") == 1
+            said = stop()
+            assert "first" in said
+            assert "used" not in said
+            assert world.status("first") is None
+            assert used.alive
+
+
+def stopped_by_the_stack() -> str:
+    said: list[str] = []
+    stop_idle_servers(settings(), said.append)
+    return " ".join(said)
+
+
+def test_the_list_of_models_says_which_sleep(world: EngineWorld, tmp_path: Path) -> None:
+    entry = load_catalog(tmp_path / "models.yaml").get("first")
+    wanted = VllmServer(entry, runtime_dir=world.folder, log_dir=tmp_path).settings()
+    folder = HostFolder(world.hosts.servers_dir / "00000000")
+    folder.path.mkdir()
+    lock = try_lock(folder.lock_path)
+    assert lock is not None
+    folder.describe(model="first", settings=wanted, devices=["GPU-0"], log="log", created_at=0.0)
+    folder.events.path.write_text(json.dumps({"event": "rest", "at": 0.0, "what": "asleep"}) + "\n")
+    folder.ask_to_sleep()
+    listed = CliRunner().invoke(app, ["models", "list"]).stdout.splitlines()
+    assert [line.split()[-1] for line in listed if line.split()[:1] == ["first"]] == ["asleep"]
+    document = json.loads(CliRunner().invoke(app, ["models", "list", "--json"]).stdout)
+    assert {model["name"]: (model["warm"], model["asleep"]) for model in document} == {
+        "first": (False, True),
+        "dry-run": (False, False),
+    }
+    os.close(lock)
 
 
 def test_logs_shows_the_end_of_a_server_log(world: EngineWorld) -> None:

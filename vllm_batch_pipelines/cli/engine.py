@@ -121,9 +121,9 @@ def _chosen(hosts: Hosts, model: str | None) -> list[HostStatus]:
 
 
 def _state(host: HostStatus) -> str:
-    if host.idle_for is None or host.state != "ready":
+    if host.idle_for is None or host.state not in ("ready", "asleep"):
         return host.state
-    return f"idle, stops in {common.duration(host.stops_in or 0)}"
+    return f"{'idle' if host.state == 'ready' else host.state}, stops in {common.duration(host.stops_in or 0)}"
 
 
 def _users(host: HostStatus) -> str:

@@ -6,9 +6,10 @@ import typer
 from rich.table import Table
 
 from resources.engine import model_files
-from resources.engine.catalog import AdapterEntry, EngineKind, ModelEntry
+from resources.engine.catalog import AdapterEntry, EngineKind, ModelEntry, Residency
 from resources.engine.devices import installed_gpus
 from resources.engine.factory import EngineStarter
+from resources.engine.vllm_command import NO_SLEEP_ON_CPU
 from resources.errors import InputRefused
 from resources.settings import settings
 from vllm_batch_pipelines.cli import common
@@ -25,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def list_models(as_json: AsJson = False) -> None:
-    """List the models that requests may name, and which has a server that is up.
+    """List the models that requests may name, and which has a server that is up (warm) or asleep.
 
     Example:
 
@@ -34,17 +35,19 @@ def list_models(as_json: AsJson = False) -> None:
     with common.errors_for_people():
         catalog = common.open_catalog()
         config = settings()
-        warm = EngineStarter(config.runtime_root, config.data_root / "logs" / "engines").warm(catalog.entries.values())
+        engines = EngineStarter(config.runtime_root, config.data_root / "logs" / "engines")
+        states = engines.states(catalog.entries.values())
         if as_json:
             fields = [entry.model_dump(mode="json", exclude={"env", "base"}) for entry in catalog.entries.values()]
-            common.print_json([entry | {"warm": entry["name"] in warm} for entry in fields])
+            flags = [{state: states.get(entry["name"]) == state for state in ("warm", "asleep")} for entry in fields]
+            common.print_json([entry | flag for entry, flag in zip(fields, flags, strict=True)])
             return
         table = Table("model", "engine", "source", "aliases", "", box=None, header_style="bold")
         for entry in catalog.entries.values():
             source, aliases = entry.source or entry.base_url or "", ", ".join(entry.aliases)
             if isinstance(entry, AdapterEntry):
                 source = f"{entry.adapter} over {entry.base.name}"
-            table.add_row(entry.name, entry.engine, source, aliases, "warm" if entry.name in warm else "")
+            table.add_row(entry.name, entry.engine, source, aliases, states.get(entry.name, ""))
         common.stdout.print(table)
 
 
@@ -105,6 +108,8 @@ def _look_at(entry: ModelEntry) -> tuple[str, bool]:
     said = f"about {_gigabytes(need.total)} of {_gigabytes(there)} on {'a GPU' if gpus else 'this machine'}"
     if entry.devices_needed > max(len(gpus), 1):
         return f"needs {entry.devices_needed} GPUs; {len(gpus)} are here", False
+    if not gpus and entry.residency is Residency.SLEEP:
+        said += f"; `residency: sleep`: {NO_SLEEP_ON_CPU}"
     return (f"ok, {said}", True) if need.total < there else (f"does not fit: {said}", False)
 
 

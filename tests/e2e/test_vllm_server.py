@@ -20,6 +20,7 @@ from resources.engine import processes
 from resources.engine.catalog import ModelEntry, Residency
 from resources.engine.endpoint import Endpoint
 from resources.engine.host_folder import HostFolder
+from resources.engine.hosts import Hosts
 from resources.engine.protocol import EngineRequest, EngineResponse
 from resources.engine.vllm_server import VllmServer
 from resources.errors import EngineStartFailed
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = """
 import json, signal, sys
 from pathlib import Path
-from resources.engine.catalog import ModelEntry, Residency
+from resources.engine.catalog import ModelEntry
 from resources.engine.vllm_server import VllmServer
 folder = Path(sys.argv[1])
 server = VllmServer(ModelEntry.model_validate_json(sys.argv[2]), runtime_dir=folder, log_dir=folder)
@@ -197,14 +198,15 @@ def test_the_endpoints_of_sleep_mode_are_what_the_host_takes_them_for(demo_entry
         update={"residency": Residency.SLEEP, "env": {"VLLM_CPU_KVCACHE_SPACE": "2"}}
     )
     command = [sys.executable, "-P", "-c", WITHOUT_SLEEP_MODE]
-    with engine_world(gpus=1) as world:
+    with engine_world(gpus=1) as world, stopped_at_last(world.hosts):
 
         def real() -> VllmServer:
-            dirs = {"runtime_dir": world.folder, "log_dir": world.folder / "logs"}
-            return VllmServer(entry, gpus=lambda: world.gpus, command=command, **dirs)
+            folder = world.folder
+            return VllmServer(entry, runtime_dir=folder, log_dir=folder, gpus=lambda: world.gpus, command=command)
 
         with real() as server:
             server.start()
+        record = our_record(world.folder)
         with world.server(name="other") as other:
             other.start()
             assert world.see(entry.name, "asleep")
@@ -216,3 +218,14 @@ def test_the_endpoints_of_sleep_mode_are_what_the_host_takes_them_for(demo_entry
                 assert "Paris" in answer["choices"][0]["message"]["content"]
             else:
                 assert ask(server, "/v1/embeddings", model="minilm", input="a").status == 200
+    assert not members(record)
+
+
+@contextmanager
+def stopped_at_last(hosts: Hosts) -> Iterator[None]:
+    """A real server's processes are ended by its host; the world of the stand-in would not know them."""
+    try:
+        yield
+    finally:
+        hosts.stop([status.id for status in hosts.status()], now=True)
+        wait_until(lambda: not hosts.status(), 60)

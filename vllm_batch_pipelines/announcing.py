@@ -38,13 +38,14 @@ class Announced:
 def announce_endings(
     instance: DagsterInstance,
     store: BatchStore,
-    catalog: Catalog,
+    catalog: Catalog | None,
     deliveries: Deliveries,
     cursor: str | None,
     now: datetime | None = None,
 ) -> Announced:
     """Leave `batch.failed` and `batch.cancelled` for the batches whose run ended since the cursor and that no run takes
-    up again by itself. No network."""
+    up again by itself. No network. Without a catalog (it cannot be read), a batch that will never complete is told as
+    one that fails again and again."""
     now = now or datetime.now(UTC)
     since = datetime.fromisoformat(cursor) if cursor else now - _FIRST_LOOK
     ended = instance.get_run_records(
@@ -73,7 +74,7 @@ def _announce(
     instance: DagsterInstance,
     batch: Batch,
     record: RunRecord,
-    catalog: Catalog,
+    catalog: Catalog | None,
     deliveries: Deliveries,
     found: Announced,
 ) -> None:
@@ -91,7 +92,7 @@ def _announce(
         found.events.append(f"{batch.key}: {name}")
 
 
-def _is_the_end(instance: DagsterInstance, batch: Batch, run: DagsterRun, catalog: Catalog) -> bool:
+def _is_the_end(instance: DagsterInstance, batch: Batch, run: DagsterRun, catalog: Catalog | None) -> bool:
     """Whether the batch stays as this run left it, by the rules of the sweep."""
     runs = starting.runs_of(instance, batch.key)
     own = next((place for place, other in enumerate(runs) if other.run_id == run.run_id), None)
@@ -101,7 +102,7 @@ def _is_the_end(instance: DagsterInstance, batch: Batch, run: DagsterRun, catalo
         return False  # it is complete, whatever became of a run that was not needed
     if run.status is DagsterRunStatus.CANCELED:
         return True
-    if own == 0 and starting.cannot_complete(batch, catalog):
+    if own == 0 and catalog is not None and starting.cannot_complete(batch, catalog):
         return True
     return starting.is_given_up(runs[own:])
 

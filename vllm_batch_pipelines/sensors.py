@@ -16,7 +16,7 @@ from dagster import (
 from assets.partitions import BATCH_FILES
 from resources.batch_store.inbox import Inbox
 from resources.batch_store.store import BatchStore
-from resources.engine.catalog import load_catalog
+from resources.engine.catalog import Catalog, load_catalog
 from resources.errors import CatalogError
 from resources.settings import settings
 from resources.targets import all_targets
@@ -52,11 +52,15 @@ def inbox(context: SensorEvaluationContext) -> SensorResult:
 )
 def submitted(context: SensorEvaluationContext) -> SensorResult:
     store = BatchStore(settings().data_root)
+    return _result(context, start_queued(context.instance, store, "submit", ToStart(), _catalog(), engines()))
+
+
+def _catalog() -> Catalog | None:
+    """None where it cannot be read: the runs say what is wrong with it."""
     try:
-        catalog = load_catalog(settings().models_file)
-    except CatalogError:  # the runs say what is wrong with it
-        catalog = None
-    return _result(context, start_queued(context.instance, store, "submit", ToStart(), catalog, engines()))
+        return load_catalog(settings().models_file)
+    except CatalogError:
+        return None
 
 
 def _result(context: SensorEvaluationContext, found: ToStart) -> SensorResult:
@@ -78,8 +82,7 @@ def _result(context: SensorEvaluationContext, found: ToStart) -> SensorResult:
 def announcements(context: SensorEvaluationContext) -> SensorResult:
     config = settings()
     deliveries = Deliveries(config.data_root, all_targets(config).webhooks)
-    store, catalog = BatchStore(config.data_root), load_catalog(config.models_file)
-    found = announce_endings(context.instance, store, catalog, deliveries, context.cursor)
+    found = announce_endings(context.instance, BatchStore(config.data_root), _catalog(), deliveries, context.cursor)
     for note in found.notes:
         context.log.warning(note)
     for event in found.events:

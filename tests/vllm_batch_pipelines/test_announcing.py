@@ -205,6 +205,16 @@ def test_a_tick_that_fails_loses_nothing(told: World, receiver: Receiver) -> Non
     assert announced(told) == [(batch.key, "batch.cancelled")]
 
 
+def test_while_the_catalog_is_broken_endings_are_told_all_the_same(told: World) -> None:
+    """It may well be what they fail of."""
+    batch = told.register("a.jsonl", told.chats(1))
+    for _ in range(MAX_TRIES):
+        record(told, batch, FAILURE)
+    told.settings.models_file.write_text("models: nonsense")
+    assert len(tick(told).run_requests or []) == 1
+    assert announced(told) == [(batch.key, "batch.failed")]
+
+
 def test_one_batch_that_cannot_be_read_keeps_no_other_back(told: World) -> None:
     damaged, good = told.register("a.jsonl", told.chats(1)), told.register("b.jsonl", told.chats(2))
     record(told, damaged, CANCELED)

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from standardwebhooks import Webhook
 
 from resources.answering import Mode
 from resources.progress import Progress
 from resources.webhooks.batch_events import cancelled, completed, failed, in_progress
 from resources.webhooks.body import DISCORD_CHARACTERS, SLACK_CHARACTERS, PayloadRefused, body_of
+from resources.webhooks.deliveries import Deliveries
 from resources.webhooks.event import Event
 from resources.webhooks.target import WebhookTarget
 from tests.helpers import Asked, chat, chats, ok, refusal
-from tests.receiver import SECRET
+from tests.receiver import SECRET, Receiver
 from tests.reviewing import star
 
 NOW = datetime(2026, 11, 21, 10, 30, 0, 123456, tzinfo=UTC)
@@ -164,6 +166,12 @@ def test_a_template_makes_the_body(asked: Asked) -> None:
         ("{ not json", "makes no JSON"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{{ data.update({'id': 'x'}) }}", "unsafe"),
+        ("{{ '{0.__class__.__init__.__globals__}'.format(data) }}", "unsafe"),
+        ("{{ data | attr('__class__') }}", "unsafe|has no attribute|is undefined"),
+        ("{{ [data] | map(attribute='__class__') | first }}", "unsafe|has no attribute|is undefined"),
+        ("{{ cycler.__init__.__globals__.os.environ }}", "unsafe"),
+        ("{{ self.__init__ }}", "unsafe|has no attribute"),
+        ("{% set data.id = 'x' %}", "cannot be filled"),
         ("{% include '/etc/passwd' %}", "cannot be filled"),
         ("{{ range(10**9) | list }}", "cannot be filled"),
     ],
@@ -171,6 +179,21 @@ def test_a_template_makes_the_body(asked: Asked) -> None:
 def test_a_template_reaches_nothing_but_the_event(asked: Asked, template: str, message: str) -> None:
     with pytest.raises(PayloadRefused, match=message):
         body_of(completed(asked.batch), target(template=template))
+
+
+def test_metadata_is_never_a_template_and_never_a_header(tmp_path: Path) -> None:
+    """Whoever drops a file says what stands in it."""
+    note = "{{ 7 * 7 }}\r\nwebhook-signature: v1,mine"
+    asked = Asked(tmp_path, chats(1), {"metadata": {"note": note, "webhook-id": "x\r\n\r\n"}})
+    asked.run()
+    event = completed(asked.batch)
+    assert payload(event, template='{"note": {{ data.metadata.note | tojson }}}') == {"note": note}
+    with Receiver() as receiver:
+        to = target(url=receiver.url, allow_insecure=True, all_batches=True)
+        Deliveries(tmp_path / "data", {"ops": to}).deliver(asked.batch, event)
+    (received,) = receiver.received
+    assert received.id == event.id
+    assert Webhook(SECRET).verify(received.body, received.headers)["data"]["metadata"]["note"] == note
 
 
 # --- Slack and Discord ----------------------------------------------------------------------------------------------

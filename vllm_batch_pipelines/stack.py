@@ -35,6 +35,7 @@ from pydantic import SecretStr
 from resources.engine.hosts import Hosts
 from resources.errors import BatchError, SettingsError
 from resources.filesystem import refuse_remote_filesystem
+from resources.handlers.loading import load_handlers
 from resources.label_studio import local_server
 from resources.label_studio.connection import connection_of, is_curation_on, target_names
 from resources.postgres import EmbeddedPostgres, find_postgres_url, runtime_folder
@@ -134,8 +135,9 @@ class Stack:
             self._supervise()
 
     def _refuse_what_is_missing(self) -> None:
-        """Targets, secrets, schemas: told now, not at the first delivery or import."""
+        """Targets, secrets, schemas, handlers: told now, not at the first delivery or import."""
         targets = all_targets(self._settings)
+        load_handlers(self._settings.result_handlers)
         if is_curation_on(self._settings, bool(targets.label_studio)):
             for name in target_names(self._settings, targets):
                 connection_of(name, self._settings, targets)

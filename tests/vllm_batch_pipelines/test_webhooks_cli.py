@@ -62,6 +62,7 @@ def test_list_shows_targets_and_dead_letters_and_no_secret(folder: Path) -> None
     plain, document = command("list"), json.loads(command("list", "--json").stdout)
     assert plain.exit_code == 0
     assert "ops" in plain.stdout
+    assert any(line.startswith(f"{event_id} batch.completed of ") for line in plain.stdout.splitlines())
     (target,) = document["targets"]
     assert (target["name"], target["place"], target["waiting"]) == ("ops", f"http://127.0.0.1:{receiver.port}/…", 0)
     (letter,) = document["dead_letters"]

@@ -10,6 +10,7 @@ import pytest
 from standardwebhooks import Webhook
 
 from resources.answering import Mode
+from resources.errors import EngineDown
 from resources.progress import Progress
 from resources.webhooks.batch_events import cancelled, completed, failed, in_progress
 from resources.webhooks.body import DISCORD_CHARACTERS, SLACK_CHARACTERS, PayloadRefused, body_of
@@ -74,17 +75,26 @@ def test_the_same_results_are_the_same_event_with_the_same_bytes_and_a_retry_is_
     assert retried.data["request_counts"] == {"total": 5, "completed": 4, "failed": 1}
 
 
-def test_other_endings_say_how_far_it_came_and_why(asked: Asked) -> None:
-    record = {
-        "progress": {"done": 3, "failed": 1, "total": 5},
-        "error": {"code": "EngineDown", "message": "it is gone"},
-    }
-    with asked.batch.lock("a test"):
-        asked.batch.write_run_record(record)
+def test_other_endings_say_how_far_it_came_and_why(tmp_path: Path) -> None:
+    """By what the run itself left; also within the second in which it writes nothing more."""
+    asked, seen = Asked(tmp_path, chats(4) + chat("refused", "bad")), []
+
+    def breaks(now: Progress) -> None:
+        if now.phase == "answer" and now.done:
+            seen.append(now)
+            raise EngineDown("it is gone")
+
+    with pytest.raises(EngineDown):
+        asked.run(lambda request: refusal(400) if request.line == 5 else ok(request), progress=breaks)
+    came = seen[-1]
     found = payload(failed(asked.batch, "run-1", NOW))
     assert (found["type"], found["timestamp"]) == ("batch.failed", "2026-11-21T10:30:00.123Z")
     assert found["data"]["status"] == "failed"
-    assert found["data"]["request_counts"] == {"total": 5, "completed": 2, "failed": 1}
+    assert found["data"]["request_counts"] == {
+        "total": 5,
+        "completed": came.done - came.failed,
+        "failed": came.failed,
+    }
     assert found["data"]["error"] == {"code": "EngineDown", "message": "it is gone"}
     assert found["data"]["completed_at"] is None
     stopped = payload(cancelled(asked.batch, "run-1", NOW))
@@ -95,6 +105,13 @@ def test_other_endings_say_how_far_it_came_and_why(asked: Asked) -> None:
     )
     ids = {failed(asked.batch, run, NOW).id for run in ("run-1", "run-2")} | {cancelled(asked.batch, "run-1", NOW).id}
     assert len(ids) == 3
+
+
+def test_lines_that_were_only_checked_do_not_count_as_answered(asked: Asked) -> None:
+    with asked.batch.lock("a test"):
+        asked.batch.write_run_record({"progress": {"phase": "check", "done": 4, "total": 5}})
+    counts = payload(failed(asked.batch, "run-1", NOW))["data"]["request_counts"]
+    assert counts == {"total": 5, "completed": 0, "failed": 0}
 
 
 def test_progress_says_how_far_it_is(asked: Asked) -> None:

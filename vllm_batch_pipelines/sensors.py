@@ -23,6 +23,7 @@ from resources.targets import all_targets
 from resources.webhooks.deliveries import Deliveries
 from vllm_batch_pipelines.announcing import announce_endings
 from vllm_batch_pipelines.jobs import JOBS, deliver_webhooks
+from vllm_batch_pipelines.resuming import resume_cut_off
 from vllm_batch_pipelines.starting import ToStart, engines, start_queued, take_from_inbox
 
 # The daemon looks every five seconds; an interval of exactly that would make every other look come a moment too early.
@@ -102,6 +103,23 @@ def _about_to_deliver(context: SensorEvaluationContext) -> bool:
     return context.instance.get_runs_count(RunsFilter(job_name=deliver_webhooks.name, statuses=statuses)) > 0
 
 
+@sensor(
+    asset_selection=AssetSelection.all(),
+    minimum_interval_seconds=30,
+    default_status=DefaultSensorStatus.RUNNING,
+    description="Runs again what comes after a batch where a stop of the stack or a dead process cut it off.",
+)
+def cut_off(context: SensorEvaluationContext) -> SensorResult:
+    assert context.repository_def is not None
+    defined = context.repository_def.asset_graph.executable_asset_keys
+    found = resume_cut_off(context.instance, defined, context.cursor)
+    for note in found.notes:
+        context.log.info(note)
+    return SensorResult(
+        run_requests=found.runs, cursor=found.cursor, skip_reason=None if found.runs else "nothing was cut off"
+    )
+
+
 # Dagster's own, which stands for this one where none is declared, would wait to be started by hand.
 automation = AutomationConditionSensorDefinition(
     "automation",
@@ -110,5 +128,5 @@ automation = AutomationConditionSensorDefinition(
     description="Starts what comes after the outputs of a batch: webhooks, exports, handlers.",
 )
 
-SENSORS: list[SensorDefinition] = [inbox, submitted, automation]
+SENSORS: list[SensorDefinition] = [inbox, submitted, automation, cut_off]
 WEBHOOK_SENSORS: list[SensorDefinition] = [announcements]

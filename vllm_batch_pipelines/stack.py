@@ -160,11 +160,14 @@ class Stack:
             self._say("Starting PostgreSQL ...")
             self._postgres = EmbeddedPostgres(self._settings.data_root, self._settings.runtime_root)
             self._postgres_url = self._postgres.start()
+        from vllm_batch_pipelines.resuming import close_dead_runs
+
         self._say("Starting the web UI and the daemon ...")
         # Loaded here first: the tables are made once, before several processes would make them at the same time.
         with self._instance() as instance:
             for pool, limit in POOL_LIMITS.items():
                 instance.event_log_storage.set_concurrency_slots(pool, limit)
+            close_dead_runs(instance)  # what an earlier stack started is ended by now
             started = time.time()
             self._start_children()
             self._wait_until_ready(instance, started)

@@ -95,3 +95,16 @@ def test_thirty_batches_at_once_one_that_fails_and_one_that_is_cancelled_are_eac
     moments = sorted(datetime.fromisoformat(event["timestamp"]) for event in events)
     apart = [(after - before).total_seconds() for before, after in itertools.pairwise(moments)]
     assert min(apart) >= EVERY_SECONDS - 0.1  # by two clocks
+
+
+def test_a_delivery_that_a_stop_of_the_stack_cuts_off_is_made_by_the_next_one(stack: Stack, receiver: Receiver) -> None:
+    receiver.otherwise = Say(waits=True)
+    (stack.settings.inbox_dir / "a.jsonl").write_text(chats(3))
+    wait_until(lambda: receiver.received, 200)
+    assert stack.call("down")[0] == 0
+    receiver.otherwise = Say(200)
+    receiver.gate.set()
+    stack.up()
+    wait_until(lambda: len(receiver.received) > 1, 200)
+    assert receiver.types == ["batch.completed"] * 2
+    assert len(set(receiver.ids)) == 1

@@ -170,7 +170,7 @@ def test_thirty_that_end_between_two_looks_are_all_announced_once(told: World) -
 
 def test_a_look_that_was_cut_short_is_made_up_for(told: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """More end than a look takes: the next one goes on where it stopped."""
-    monkeypatch.setattr("vllm_batch_pipelines.announcing._MOST_A_TICK", 4)
+    monkeypatch.setattr("vllm_batch_pipelines.starting._MOST_ENDED", 4)
     cursor = look(told).cursor
     batches = [told.register(f"b{number}.jsonl", told.chats(1, f"text {number}")) for number in range(10)]
     for batch in batches:

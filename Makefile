@@ -59,7 +59,7 @@ format: venv ## put the code in the form that `make check` asks for
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: venv demo-model test-models ## measure: against vLLM's own ways, order, commits, overhead (half an hour; BENCH=--quick tries it)
+bench: venv demo-model test-models ## measure: against vLLM's own ways, order, commits, overhead, exports (half an hour; BENCH=--quick tries it)
 	@$(BIN)/python -m benchmarks $(BENCH)
 
 bench-curation: label-studio-venv ## measure the import into Label Studio against the bare SDK

@@ -9,16 +9,12 @@ from assets.reporting import failures_for_people
 from resources.batch_store.resource import BatchStoreResource
 from resources.child import call_in_child
 from resources.errors import BatchError
-from resources.handlers.loading import HandlerClass, load_handlers
+from resources.handlers.loading import HandlerClass, usable_handlers
 
 
 def handler_assets(paths: Sequence[str], timeout_seconds: float) -> list[AssetsDefinition]:
-    """The assets of these classes (`module:Class`).
-
-    Raises:
-        SettingsError: one of them cannot be used; says why.
-    """
-    handlers = load_handlers(paths)
+    """The assets of these classes (`module:Class`), without those that cannot be used."""
+    handlers = usable_handlers(paths)
     keys = {handler.name: f"handler_{handler.slug}" for handler in handlers}
     return [_handler_asset(handler, keys, timeout_seconds) for handler in handlers]
 

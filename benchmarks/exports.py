@@ -1,33 +1,28 @@
 """Exports to PostgreSQL against a plain COPY of the same rows, in turn, on one embedded server.
 
-    python -m benchmarks.exports [--rows 1000000] [--runs 3] [--out FILE]
-
 Ours is the whole export: the published Parquet files read, the table checked, the rows written, counted and committed.
 Plain COPY is psycopg2's `copy_expert` of a file that the server has written before, into an empty table of the same
 columns and key: in PostgreSQL's text format, which is what people mean by COPY, and in the binary one, which is faster.
-`again` is the export of a later revision over the rows that are there.
 """
 
 import json
-import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import psycopg2
 import pyarrow as pa
 import pyarrow.parquet as pq
-import typer
 from psycopg2.extensions import connection as Connection
 from pydantic import SecretStr
 
-from benchmarks.common import machine
+from benchmarks.common import Figure, Report, Side, alternate, held, ratio, say
 from resources.chunk_store.schema import RESULTS
 from resources.exports.export import export_published
 from resources.exports.published import Published
@@ -36,34 +31,44 @@ from resources.postgres import EmbeddedPostgres
 
 PART_ROWS = 65_536
 GOAL = 0.7
+TEXT, BINARY = "plain COPY, text", "plain COPY, binary"
+EXPORT, AGAIN = "export", "export again"
 _BLOCK = 256 * 1024
 
 
-def main(
-    rows: Annotated[int, typer.Option(help="Rows, about 700 bytes each.")] = 1_000_000,
-    runs: Annotated[int, typer.Option(help="Runs of each kind, in turn; medians are shown.")] = 3,
-    out: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
-) -> None:
-    """Measure exports to PostgreSQL."""
+@dataclass(frozen=True)
+class Size:
+    rows: int = 1_000_000
+    rounds: int = 4
+
+
+QUICK = Size(rows=20_000, rounds=3)
+
+
+def run(quick: bool, budget_seconds: float) -> Report:
+    size = QUICK if quick else Size()
     with tempfile.TemporaryDirectory(prefix="vb-", dir="/tmp") as folder:
         work = Path(folder)
-        print(f"writing {rows} rows ...", file=sys.stderr)
-        first, second = published(work, rows, 1), published(work, rows, 2)
+        say(f"  writing {size.rows:,} rows, twice")
+        first, second = published(work, size.rows, 1), published(work, size.rows, 2)
         with EmbeddedPostgres(work / "data", work / "run") as server:
-            figures = measure(server, first, second, work, runs)
+            times = measure(server, first, second, work, size.rounds, budget_seconds)
         if server.socket_dir.exists():
             shutil.rmtree(server.socket_dir)
-    report = {
-        "benchmark": "exports",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "python": platform.python_version(),
-        "rows": rows,
-        "seconds": figures,
-    }
-    if out is not None:
-        out.write_text(json.dumps(report, indent=1))
-    show(report)
+    report = Report(
+        "exports",
+        "Exports to PostgreSQL",
+        f"{size.rows:,} rows of about 700 bytes into an embedded PostgreSQL 18: the whole export, table check, count "
+        "and commit included, against a plain COPY of the same rows from a file into an empty table of the same "
+        f"columns and key. `{AGAIN}` replaces all rows by those of a later revision.",
+        raw={"rows": size.rows, "seconds": times},
+    )
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        report.figures.append(Figure(name, f"{median:.1f} s, {size.rows / median:,.0f} rows/s"))
+    found = ratio(times[TEXT], times[EXPORT])
+    report.figures.append(held(found, f"rows/s, {EXPORT} / {TEXT}", at_least=GOAL))
+    return report
 
 
 def published(work: Path, rows: int, revision: int) -> Published:
@@ -100,7 +105,7 @@ def _row(line: int) -> dict[str, Any]:
 
 
 def measure(
-    server: EmbeddedPostgres, first: Published, second: Published, work: Path, runs: int
+    server: EmbeddedPostgres, first: Published, second: Published, work: Path, rounds: int, budget_seconds: float
 ) -> dict[str, list[float]]:
     target = SqlTarget(name="bench", url=SecretStr(server.url), table="results", timeout=3600)
     connection = psycopg2.connect(server.url)
@@ -111,25 +116,39 @@ def measure(
         for kind, path in files.items():
             with path.open("wb") as stream:
                 cursor.copy_expert(f"COPY results TO STDOUT (FORMAT {kind})", stream)
-    kinds: dict[str, Callable[[], object]] = {
-        "plain COPY, text": lambda: _plain(connection, files["text"], "text"),
-        "export": lambda: export_published(target, first, _quiet),
-        "plain COPY, binary": lambda: _plain(connection, files["binary"], "binary"),
-        "export again": lambda: export_published(target, second, _quiet),
+
+    def plain(kind: str) -> float:
+        _settle(connection, "plain")
+        return _seconds(lambda: _plain(connection, files[kind], kind))
+
+    def export() -> float:
+        _settle(connection, "results")
+        return _seconds(lambda: export_published(target, first, _quiet))
+
+    def again() -> float:
+        export()
+        _settle(connection)
+        return _seconds(lambda: export_published(target, second, _quiet))
+
+    sides: dict[str, Side] = {
+        TEXT: lambda _: plain("text"),
+        EXPORT: lambda _: export(),
+        BINARY: lambda _: plain("binary"),
+        AGAIN: lambda _: again(),
     }
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for run in range(runs):
-        for kind, work_of in kinds.items():
-            _settle(connection, "plain" if kind.startswith("plain") else None if kind.endswith("again") else "results")
-            started = time.monotonic()
-            work_of()
-            seconds[kind].append(time.monotonic() - started)
-            print(f"run {run + 1}, {kind}: {seconds[kind][-1]:.1f} s", file=sys.stderr)
-    connection.close()
-    return seconds
+    try:
+        return alternate(sides, rounds, budget_seconds=budget_seconds)
+    finally:
+        connection.close()
 
 
-def _settle(connection: Connection, emptied: str | None) -> None:
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def _settle(connection: Connection, emptied: str | None = None) -> None:
     """An empty table, and a server that has written down what came before."""
     connection.rollback()
     connection.autocommit = True
@@ -147,22 +166,3 @@ def _plain(connection: Connection, path: Path, kind: str) -> None:
 
 def _quiet(_message: object) -> None:
     pass
-
-
-def show(report: dict[str, Any]) -> None:
-    plain = report["seconds"]["plain COPY, text"]
-    print(f"{report['rows']} rows, {report['machine']}, {report['date']}\n")
-    print("| into PostgreSQL | seconds | rows/s | of plain COPY |")
-    print("|---|---|---|---|")
-    for kind, seconds in report["seconds"].items():
-        median = statistics.median(seconds)
-        # Of the same run, since the machine drifts between runs.
-        share = statistics.median(one / other for one, other in zip(plain, seconds, strict=True))
-        print(f"| {kind} | {median:.1f} | {report['rows'] / median:,.0f} | {share:.2f} |")
-    print(f"\nThe goal is an export at {GOAL} of plain COPY (text).")
-
-
-if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(main)
-    app()

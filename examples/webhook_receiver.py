@@ -50,7 +50,8 @@ def handle(event: dict[str, Any]) -> None:
     data = event["data"]
     if event["type"].startswith("batch."):
         counts = data["request_counts"]
-        print(f"{event['type']} {data['id']}: {counts['completed']} of {counts['total']} answered", flush=True)
+        why = f" ({data['error']['message']})" if data["error"] else ""
+        print(f"{event['type']} {data['id']}: {counts['completed']} of {counts['total']} answered{why}", flush=True)
     else:
         print(f"{event['type']} {json.dumps(data)}", flush=True)
 

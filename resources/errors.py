@@ -4,6 +4,7 @@ BatchError                      what a person can do something about; the messag
   SettingsError                 a setting or an option that does not fit
     CatalogError                models.yaml
     OptionsError                the options of a batch (sidecar, --option)
+    HandlerRefused              classes of the earlier plug-in interface that cannot be used; carries which
   InputRefused                  a file that cannot be registered as a batch
   BatchNotFound                 no batch is registered under that key
   BatchLocked                   another process works on that batch just now
@@ -42,6 +43,14 @@ class CatalogError(SettingsError):
 
 class OptionsError(SettingsError):
     pass
+
+
+class HandlerRefused(SettingsError):
+    """``paths`` are those of the classes that are to blame, as the setting has them."""
+
+    def __init__(self, message: str, *paths: str) -> None:
+        super().__init__(message)
+        self.paths = paths
 
 
 class InputRefused(BatchError):

@@ -371,7 +371,7 @@ def _remove_older(batch: Batch, keep: str) -> None:
 
 @contextmanager
 def _recorded(batch: Batch, phase: str, progress: ProgressCallback) -> Iterator[ProgressCallback]:
-    """Keep `run.json` telling what the run does: running with progress, then done, failed or interrupted."""
+    """Keep `run.json` telling what the run does: running, then done, failed or interrupted, and how far it came."""
     record: dict[str, Any] = {
         "status": "running",
         "phase": phase,
@@ -383,10 +383,11 @@ def _recorded(batch: Batch, phase: str, progress: ProgressCallback) -> Iterator[
 
     def tell(now: Progress) -> None:
         nonlocal last_written
+        record["progress"] = {**now.__dict__, "eta_seconds": now.eta_seconds}
         if time.monotonic() - last_written >= 1:
             last_written = time.monotonic()
             batch.ensure_locked()
-            note({"progress": {**now.__dict__, "eta_seconds": now.eta_seconds}})
+            note({})
         progress(now)
 
     def note(more: dict[str, Any], durable_write: bool = False) -> None:

@@ -6,9 +6,9 @@ one changes nothing, since an event that waits or was sent is known by its id.
 """
 
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 
-from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunsFilter
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord
 
 from assets.reporting import LOCKED_TAG
 from resources.batch_store.batch import Batch
@@ -19,11 +19,6 @@ from resources.webhooks import batch_events, records
 from resources.webhooks.deliveries import Deliveries
 from vllm_batch_pipelines import starting
 from vllm_batch_pipelines.stack import INTERRUPTED_TAG
-
-_FIRST_LOOK = timedelta(hours=1)
-_OVERLAP = timedelta(minutes=5)
-"""Runs are looked at again for so long: what ended first need not be seen first."""
-_MOST_A_TICK = 500
 
 
 @dataclass
@@ -38,22 +33,16 @@ class Announced:
 def announce_endings(
     instance: DagsterInstance,
     store: BatchStore,
-    catalog: Catalog,
+    catalog: Catalog | None,
     deliveries: Deliveries,
     cursor: str | None,
     now: datetime | None = None,
 ) -> Announced:
     """Leave `batch.failed` and `batch.cancelled` for the batches whose run ended since the cursor and that no run takes
-    up again by itself. No network."""
-    now = now or datetime.now(UTC)
-    since = datetime.fromisoformat(cursor) if cursor else now - _FIRST_LOOK
-    ended = instance.get_run_records(
-        RunsFilter(statuses=[DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED], updated_after=since),
-        limit=_MOST_A_TICK,
-        order_by="update_timestamp",
-        ascending=True,
-    )
-    found = Announced(cursor=since.isoformat())
+    up again by itself. No network. Without a catalog (it cannot be read), a batch that will never complete is told as
+    one that fails again and again."""
+    ended, looked_to = starting.ended_since(instance, cursor, now)
+    found = Announced(looked_to)
     for record in ended:
         key = record.dagster_run.tags.get(starting.PARTITION_TAG)
         if key is None or not starting.works_on_a_batch(record.dagster_run):
@@ -64,8 +53,6 @@ def announce_endings(
             continue
         except (BatchError, ValueError) as error:  # one batch that cannot be read, or a target that is gone
             found.notes.append(f"{key}: {error}")
-    looked_to = ended[-1].update_timestamp if len(ended) == _MOST_A_TICK else now - _OVERLAP
-    found.cursor = max(since, _in_utc(looked_to)).isoformat()
     return found
 
 
@@ -73,11 +60,11 @@ def _announce(
     instance: DagsterInstance,
     batch: Batch,
     record: RunRecord,
-    catalog: Catalog,
+    catalog: Catalog | None,
     deliveries: Deliveries,
     found: Announced,
 ) -> None:
-    run, at = record.dagster_run, _in_utc(record.update_timestamp)
+    run, at = record.dagster_run, starting.in_utc(record.update_timestamp)
     name = "batch.cancelled" if run.status is DagsterRunStatus.CANCELED else "batch.failed"
     event_id = batch_events.ending_id(batch, run.run_id, name)
     new = [
@@ -91,7 +78,7 @@ def _announce(
         found.events.append(f"{batch.key}: {name}")
 
 
-def _is_the_end(instance: DagsterInstance, batch: Batch, run: DagsterRun, catalog: Catalog) -> bool:
+def _is_the_end(instance: DagsterInstance, batch: Batch, run: DagsterRun, catalog: Catalog | None) -> bool:
     """Whether the batch stays as this run left it, by the rules of the sweep."""
     runs = starting.runs_of(instance, batch.key)
     own = next((place for place, other in enumerate(runs) if other.run_id == run.run_id), None)
@@ -101,10 +88,6 @@ def _is_the_end(instance: DagsterInstance, batch: Batch, run: DagsterRun, catalo
         return False  # it is complete, whatever became of a run that was not needed
     if run.status is DagsterRunStatus.CANCELED:
         return True
-    if own == 0 and starting.cannot_complete(batch, catalog):
+    if own == 0 and catalog is not None and starting.cannot_complete(batch, catalog):
         return True
     return starting.is_given_up(runs[own:])
-
-
-def _in_utc(moment: datetime) -> datetime:
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

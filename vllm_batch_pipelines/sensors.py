@@ -16,13 +16,14 @@ from dagster import (
 from assets.partitions import BATCH_FILES
 from resources.batch_store.inbox import Inbox
 from resources.batch_store.store import BatchStore
-from resources.engine.catalog import load_catalog
+from resources.engine.catalog import Catalog, load_catalog
 from resources.errors import CatalogError
 from resources.settings import settings
 from resources.targets import all_targets
 from resources.webhooks.deliveries import Deliveries
 from vllm_batch_pipelines.announcing import announce_endings
 from vllm_batch_pipelines.jobs import JOBS, deliver_webhooks
+from vllm_batch_pipelines.resuming import resume_cut_off
 from vllm_batch_pipelines.starting import ToStart, engines, start_queued, take_from_inbox
 
 # The daemon looks every five seconds; an interval of exactly that would make every other look come a moment too early.
@@ -52,11 +53,15 @@ def inbox(context: SensorEvaluationContext) -> SensorResult:
 )
 def submitted(context: SensorEvaluationContext) -> SensorResult:
     store = BatchStore(settings().data_root)
+    return _result(context, start_queued(context.instance, store, "submit", ToStart(), _catalog(), engines()))
+
+
+def _catalog() -> Catalog | None:
+    """None where it cannot be read: the runs say what is wrong with it."""
     try:
-        catalog = load_catalog(settings().models_file)
-    except CatalogError:  # the runs say what is wrong with it
-        catalog = None
-    return _result(context, start_queued(context.instance, store, "submit", ToStart(), catalog, engines()))
+        return load_catalog(settings().models_file)
+    except CatalogError:
+        return None
 
 
 def _result(context: SensorEvaluationContext, found: ToStart) -> SensorResult:
@@ -78,8 +83,7 @@ def _result(context: SensorEvaluationContext, found: ToStart) -> SensorResult:
 def announcements(context: SensorEvaluationContext) -> SensorResult:
     config = settings()
     deliveries = Deliveries(config.data_root, all_targets(config).webhooks)
-    store, catalog = BatchStore(config.data_root), load_catalog(config.models_file)
-    found = announce_endings(context.instance, store, catalog, deliveries, context.cursor)
+    found = announce_endings(context.instance, BatchStore(config.data_root), _catalog(), deliveries, context.cursor)
     for note in found.notes:
         context.log.warning(note)
     for event in found.events:
@@ -99,6 +103,23 @@ def _about_to_deliver(context: SensorEvaluationContext) -> bool:
     return context.instance.get_runs_count(RunsFilter(job_name=deliver_webhooks.name, statuses=statuses)) > 0
 
 
+@sensor(
+    asset_selection=AssetSelection.all(),
+    minimum_interval_seconds=30,
+    default_status=DefaultSensorStatus.RUNNING,
+    description="Runs again what comes after a batch where a stop of the stack or a dead process cut it off.",
+)
+def cut_off(context: SensorEvaluationContext) -> SensorResult:
+    assert context.repository_def is not None
+    defined = context.repository_def.asset_graph.executable_asset_keys
+    found = resume_cut_off(context.instance, defined, context.cursor)
+    for note in found.notes:
+        context.log.info(note)
+    return SensorResult(
+        run_requests=found.runs, cursor=found.cursor, skip_reason=None if found.runs else "nothing was cut off"
+    )
+
+
 # Dagster's own, which stands for this one where none is declared, would wait to be started by hand.
 automation = AutomationConditionSensorDefinition(
     "automation",
@@ -107,5 +128,5 @@ automation = AutomationConditionSensorDefinition(
     description="Starts what comes after the outputs of a batch: webhooks, exports, handlers.",
 )
 
-SENSORS: list[SensorDefinition] = [inbox, submitted, automation]
+SENSORS: list[SensorDefinition] = [inbox, submitted, automation, cut_off]
 WEBHOOK_SENSORS: list[SensorDefinition] = [announcements]

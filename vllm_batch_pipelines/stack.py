@@ -35,6 +35,7 @@ from pydantic import SecretStr
 from resources.engine.hosts import Hosts
 from resources.errors import BatchError, SettingsError
 from resources.filesystem import refuse_remote_filesystem
+from resources.handlers.loading import load_handlers
 from resources.label_studio import local_server
 from resources.label_studio.connection import connection_of, is_curation_on, target_names
 from resources.postgres import EmbeddedPostgres, find_postgres_url, runtime_folder
@@ -134,8 +135,9 @@ class Stack:
             self._supervise()
 
     def _refuse_what_is_missing(self) -> None:
-        """Targets, secrets, schemas: told now, not at the first delivery or import."""
+        """Targets, secrets, schemas, handlers: told now, not at the first delivery or import."""
         targets = all_targets(self._settings)
+        load_handlers(self._settings.result_handlers)
         if is_curation_on(self._settings, bool(targets.label_studio)):
             for name in target_names(self._settings, targets):
                 connection_of(name, self._settings, targets)
@@ -158,11 +160,14 @@ class Stack:
             self._say("Starting PostgreSQL ...")
             self._postgres = EmbeddedPostgres(self._settings.data_root, self._settings.runtime_root)
             self._postgres_url = self._postgres.start()
+        from vllm_batch_pipelines.resuming import close_dead_runs
+
         self._say("Starting the web UI and the daemon ...")
         # Loaded here first: the tables are made once, before several processes would make them at the same time.
         with self._instance() as instance:
             for pool, limit in POOL_LIMITS.items():
                 instance.event_log_storage.set_concurrency_slots(pool, limit)
+            close_dead_runs(instance)  # what an earlier stack started is ended by now
             started = time.time()
             self._start_children()
             self._wait_until_ready(instance, started)

@@ -8,8 +8,9 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 
-from dagster import AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus, RunRequest, RunsFilter
+from dagster import AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus, RunRecord, RunRequest, RunsFilter
 
 from assets.partitions import BATCH_FILES
 from assets.reporting import LOCKED_TAG
@@ -35,6 +36,10 @@ LOST_TAG = "vllm_batch/process_gone"
 PRIORITY_TAG = "dagster/priority"
 
 MOST_A_TICK = 100
+_FIRST_LOOK = timedelta(hours=1)
+_OVERLAP = timedelta(minutes=5)
+"""Runs that ended are looked at again for so long: what ended first need not be seen first."""
+_MOST_ENDED = 500
 TICK_SECONDS = 20
 LARGE_BYTES = 256 * 1024 * 1024
 """Files from here on are registered by a run, not in a sensor's tick."""
@@ -49,7 +54,7 @@ _GOING_ON = [
     DagsterRunStatus.STARTED,
     DagsterRunStatus.CANCELING,
 ]
-_WITH_A_PROCESS = (DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING)
+WITH_A_PROCESS = (DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING)
 
 
 @dataclass
@@ -70,6 +75,27 @@ def runs_of(instance: DagsterInstance, key: str, statuses: list[DagsterRunStatus
     """Runs that work on a batch, latest first."""
     found = instance.get_runs(RunsFilter(tags={PARTITION_TAG: key}, statuses=statuses or None))
     return [run for run in found if works_on_a_batch(run)]
+
+
+def ended_since(
+    instance: DagsterInstance, cursor: str | None, now: datetime | None = None
+) -> tuple[Sequence[RunRecord], str]:
+    """Runs that failed or were cancelled since a cursor, in the order of their end, and the cursor for the next look.
+    Not every run is seen only once."""
+    now = now or datetime.now(UTC)
+    since = datetime.fromisoformat(cursor) if cursor else now - _FIRST_LOOK
+    ended = instance.get_run_records(
+        RunsFilter(statuses=[DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED], updated_after=since),
+        limit=_MOST_ENDED,
+        order_by="update_timestamp",
+        ascending=True,
+    )
+    looked_to = ended[-1].update_timestamp if len(ended) == _MOST_ENDED else now - _OVERLAP
+    return ended, max(since, in_utc(looked_to)).isoformat()
+
+
+def in_utc(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def works_on_a_batch(run: DagsterRun) -> bool:
@@ -336,7 +362,7 @@ def _end_dead_runs(
 def _runs_without_lock(store: BatchStore, runs: list[DagsterRun]) -> list[DagsterRun]:
     dead = []
     for run in runs:
-        if run.status not in _WITH_A_PROCESS:
+        if run.status not in WITH_A_PROCESS:
             continue
         try:
             owner = store.get(run.tags[PARTITION_TAG]).locked_by()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -44,10 +45,11 @@ def export_files(target: ObjectStoreTarget, published: Published, tell: Tell) ->
     where = f"{target.scheme}://{target.root}/{published.key}/{published.revision}/"
     try:
         return _export(target, published, tell, where)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ExportFailed(redact(f"{where}: {error}")) from None
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, FileNotFoundError) and error.filename is not None:
+            raise  # a file of ours; what is not there of theirs has no such name
+        said = str(error).partition(" error_info=")[0]  # Google's library says it all again
+        raise ExportFailed(redact(f"{where}: {said}")) from None
 
 
 def _export(target: ObjectStoreTarget, published: Published, tell: Tell, where: str) -> Written:
@@ -97,7 +99,7 @@ def _open(target: ObjectStoreTarget) -> fs.FileSystem:
             anonymous=anonymous,
             scheme=scheme,
             endpoint_override=endpoint,
-            retry_time_limit=timedelta(seconds=target.timeout),
+            retry_time_limit=timedelta(seconds=target.timeout / 2),  # to say why, before nothing is heard of us
         )
     return fs.S3FileSystem(
         region=target.region,

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 import numpy as np
+import psycopg2
 import pyarrow as pa
 import pyarrow.compute as pc
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, delete, func, insert, make_url, select, text
@@ -139,7 +140,7 @@ def _errors_for_people(where: str, url: URL) -> Iterator[None]:
         yield
     except ExportFailed as error:
         raise ExportFailed(f"{where}: {error}") from None
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, psycopg2.Error) as error:  # of COPY, which goes past SQLAlchemy, the driver's own
         # The first line alone: the others may quote rows.
         cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
         first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]

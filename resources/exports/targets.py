@@ -81,13 +81,16 @@ class SqlTarget(Target):
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
-            make_url(value.get_secret_value()).get_dialect().import_dbapi()
+            url = make_url(value.get_secret_value())
+            url.get_dialect().import_dbapi()
         except (SQLAlchemyError, ValueError):
             raise ValueError(
                 "is no URL of a database, as in postgresql://user:password@host/database, or of an unknown kind"
             ) from None
         except ImportError as error:
             raise ValueError(f"the driver of this database is not installed: {error.name}") from None
+        if "@" in (url.host or ""):  # the end of a password, which would be shown as a part of the host
+            raise ValueError("has two `@`: the one in a password must be written %40")
         return value
 
 

@@ -80,9 +80,9 @@ def _data(batch: Batch, status: str) -> dict[str, Any]:
 
 
 def _counts(batch: Batch) -> dict[str, Any]:
-    """How far the last run came, by its own word; nothing where it said none."""
-    progress = batch.run_record().get("progress")
-    if not progress:
+    """How far the last run came with asking, by its own word; nothing where it did not come to that."""
+    progress = batch.run_record().get("progress") or {}
+    if progress.get("phase") != "answer":
         return {}
     done, failed, total = (int(progress.get(name) or 0) for name in ("done", "failed", "total"))
     return {"request_counts": {"total": total, "completed": max(done - failed, 0), "failed": failed}}

@@ -107,8 +107,15 @@ class Deliveries:
         return asyncio.run(self._empty_all(owner))
 
     def redeliver(self, letters: Sequence[DeadLetter]) -> list[Delivery]:
-        """Send the stored bytes of dead letters again, with the time and signature of now. Talks to the network."""
-        return asyncio.run(self._redeliver(letters))
+        """Send the stored bytes of dead letters again, with the time and signature of now. Talks to the network.
+
+        Raises:
+            BatchLocked: another process does so.
+        """
+        with self.letters.sending_again():
+            still = {(letter.event_id, letter.target) for letter in self.open_letters()}
+            left = [letter for letter in letters if (letter.event_id, letter.target) in still]
+            return asyncio.run(self._redeliver(left))
 
     def open_letters(self, ids: Sequence[str] = ()) -> list[DeadLetter]:
         """The letters that nobody took yet; only those events where ids are given.

@@ -5,12 +5,16 @@ in the targets of that moment, and signs anew.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from resources import durable
+from resources.batch_store.lock import writer_lock
+from resources.errors import BatchLocked
 from resources.webhooks.event import Event
 from resources.webhooks.sender import Outcome
 
@@ -56,19 +60,34 @@ class DeadLetters:
             died_at=_now(),
             attempts=[*(known.attempts if known else []), *(asdict(attempt) for attempt in outcome.attempts)],
             event=None if body else event.as_dict(),
+            redelivered_at=known.redelivered_at if known else None,
         )
         self._write(letter)
 
-    def tried_again(self, letter: DeadLetter, outcome: Outcome) -> DeadLetter:
-        """Mark a letter with what became of it."""
+    @contextmanager
+    def sending_again(self) -> Iterator[None]:
+        """Be the one that sends letters again.
+
+        Raises:
+            BatchLocked: another process does.
+        """
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            with writer_lock(self._folder / "lock", "redeliver"):
+                yield
+        except BatchLocked:
+            raise BatchLocked("Another process sends dead letters again just now.") from None
+
+    def tried_again(self, letter: DeadLetter, outcome: Outcome) -> None:
+        """Mark a letter with what became of it. What somebody else brought meanwhile stays brought."""
+        known = self._read(self._path(letter.event_id, letter.target)) or letter
         updated = replace(
-            letter,
-            attempts=[*letter.attempts, *(asdict(attempt) for attempt in outcome.attempts)],
-            error=outcome.error,
-            redelivered_at=_now() if outcome.delivered else None,
+            known,
+            attempts=[*known.attempts, *(asdict(attempt) for attempt in outcome.attempts)],
+            error=outcome.error if known.is_open else None,
+            redelivered_at=_now() if outcome.delivered else known.redelivered_at,
         )
         self._write(updated)
-        return updated
 
     def settled(self, event_id: str, target: str) -> None:
         """Mark the letter of an event that was taken after all, if there is one."""

@@ -39,19 +39,20 @@ def sending(batch: Batch) -> Iterator[None]:
 
 
 def write(batch: Batch, event_id: str, event_type: str, target: str, outcome: Outcome) -> None:
-    """Note how it went. Nothing is written where the batch was removed meanwhile."""
+    """Note how it went; what was taken once stays so. Nothing is written where the batch was removed meanwhile."""
     if not batch.root.is_dir():
         return
     path = _path(batch, event_id, target)
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    earlier = (_read(path) or {}).get("attempts", [])
+    earlier = _read(path) or {}
+    is_taken = outcome.delivered or earlier.get("status") == "delivered"
     content = {
         "type": event_type,
         "target": target,
-        "status": "delivered" if outcome.delivered else "dead",
+        "status": "delivered" if is_taken else "dead",
         "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "attempts": [*earlier, *(asdict(attempt) for attempt in outcome.attempts)],
-        "error": outcome.error,
+        "attempts": [*earlier.get("attempts", []), *(asdict(attempt) for attempt in outcome.attempts)],
+        "error": None if is_taken else outcome.error,
     }
     durable.write_file(path, json.dumps(content, indent=1).encode())
 

@@ -181,10 +181,18 @@ async def _read_error(response: aiohttp.ClientResponse) -> str | None:
     """What was wrong, with the beginning of what the receiver said; None where it took the event."""
     if 200 <= response.status < 300:
         return None
-    said = (await response.content.read(_ANSWER_BYTES)).decode("utf-8", "replace")
-    shown = " ".join(said.split())
-    kind = "redirects are not followed" if 300 <= response.status < 400 else shown
+    kind = "redirects are not followed" if 300 <= response.status < 400 else await _beginning(response)
     return f"HTTP {response.status}: {kind}" if kind else f"HTTP {response.status}"
+
+
+async def _beginning(response: aiohttp.ClientResponse) -> str:
+    """The first words of a body, however long it is and in however many pieces it comes, without signs that steer a
+    terminal. A word that is cut is left out: it might be a part of a secret, which nobody would know again."""
+    said = b""
+    while len(said) < _ANSWER_BYTES and (piece := await response.content.read(_ANSWER_BYTES - len(said))):
+        said += piece
+    words = "".join(sign if sign.isprintable() else " " for sign in said.decode("utf-8", "replace")).split()
+    return " ".join(words[:-1] if len(said) == _ANSWER_BYTES else words)
 
 
 def _wait_seconds(attempt: int, retry_after: float | None) -> float:

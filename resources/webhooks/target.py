@@ -1,5 +1,6 @@
 """A webhook target: where events go, and how. Defined in `targets.yaml`, or by VLLM_BATCH_WEBHOOK_URL."""
 
+import html
 import ipaddress
 from typing import Literal, Self
 
@@ -20,6 +21,8 @@ EventType = Literal[
     "gold_star.updated",
     "gold_star.removed",
 ]
+_TOKEN_CHARACTERS = 10
+"""A part of a URL's path that is as long may be a secret, and no word."""
 ENDINGS: tuple[EventType, ...] = ("batch.completed", "batch.failed", "batch.cancelled")
 STARS: tuple[EventType, ...] = ("gold_star.created", "gold_star.updated", "gold_star.removed")
 
@@ -97,11 +100,14 @@ class WebhookTarget(Target):
         return f"{url.scheme}://{url.host_port_subcomponent}/" + ("" if url.raw_path_qs in ("", "/") else "…")
 
     def redact(self, text: str) -> str:
-        """The text without this target's secrets, however they got into it."""
+        """The text without this target's secrets, however they got into it: as they are, in JSON or in HTML, and the
+        parts of the URL that may be one alone."""
         url = URL(self.url.get_secret_value())
         hidden = [self.url.get_secret_value(), str(url), url.raw_path_qs, url.path_qs, url.raw_path, url.path]
+        hidden += [part for part in url.parts if len(part) >= _TOKEN_CHARACTERS] + [*url.query.values()]
         hidden += [secret.get_secret_value() for secret in self.secret]
         hidden += [value.removeprefix("whsec_") for value in hidden]
+        hidden += [written for value in hidden for written in (value.replace("/", "\\/"), html.escape(value))]
         for value in sorted({value for value in hidden if len(value) > 3}, key=len, reverse=True):
             text = text.replace(value, "***")
         return text

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from dagster import AssetKey, DagsterInstance, ExecuteInProcessResult
+from typer.testing import CliRunner
 
 from resources.batch_store.batch import Batch
 from tests.helpers import World, chat, new_world
+from vllm_batch_pipelines.cli.main import app
 
 pytestmark = pytest.mark.e2e
 
@@ -88,6 +90,19 @@ def test_one_that_is_not_enabled_for_a_batch_does_nothing_and_says_so(world: Wor
     (found,) = result.asset_materializations_for_node("handler_plain")
     assert found.metadata["note"].value == "not enabled for this batch"
     assert notes(world, "Plain") == []
+
+
+def test_one_that_breaks_while_the_stack_is_up_takes_neither_batches_nor_others_with_it(
+    tmp_path: Path, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run loads the definitions anew, and with them whatever somebody has made of that module by now."""
+    monkeypatch.setenv("VLLM_BATCH_RESULT_HANDLERS", "no.such.module:Broken,tests.resources.own_handlers:Plain")
+    monkeypatch.setenv("HANDLER_NOTES", str(tmp_path))
+    with new_world(tmp_path, instance) as world:
+        assert handle(world, published(world), "Plain").success
+    refused = CliRunner().invoke(app, ["up"])
+    assert refused.exit_code == 2
+    assert "VLLM_BATCH_RESULT_HANDLERS: 'no.such.module:Broken'" in " ".join(refused.output.split())
 
 
 def test_they_stand_in_the_graph_after_the_outputs_and_after_each_other(world: World) -> None:

@@ -62,7 +62,7 @@ def test_nothing_of_webhooks_is_there_until_one_is_defined(world: World) -> None
     repository = world.definitions.get_repository_def()
     assert not repository.asset_graph.has(DELIVERIES)
     assert {"deliver_webhooks", "redeliver_webhooks"}.isdisjoint(job.name for job in repository.get_all_jobs())
-    assert {sensor.name for sensor in repository.sensor_defs} == {"inbox", "submitted", "automation"}
+    assert {sensor.name for sensor in repository.sensor_defs} == {"inbox", "submitted", "automation", "cut_off"}
 
 
 def test_with_a_webhook_the_asset_its_jobs_and_running_sensors_are_there(

@@ -3,7 +3,7 @@
 import pytest
 
 from resources.errors import SettingsError
-from resources.handlers.loading import load_handlers
+from resources.handlers.loading import load_handlers, usable_handlers
 from resources.settings import load_settings
 
 HERE = "tests.resources.own_handlers"
@@ -36,6 +36,17 @@ def test_a_handler_stands_after_those_that_it_names() -> None:
 def test_what_cannot_be_used_is_refused_by_name(given: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         load_handlers(given)
+
+
+def test_those_that_cannot_be_used_are_left_out_and_take_only_those_with_them_that_wait_for_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken = [*paths("Breaks", "AfterHangs", "First", "Second", "Missing"), "no.such.module:Class"]
+    found = usable_handlers([*broken[:3], *paths("Report"), *broken[3:], *paths("Plain")])
+    assert [handler.name for handler in found] == ["Plain", "Report"]
+    for path in broken:
+        assert path.partition(":")[2] in caplog.text
+    assert usable_handlers(broken) == []
 
 
 def test_the_setting_is_a_list_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:

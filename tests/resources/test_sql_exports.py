@@ -335,6 +335,22 @@ def test_two_exports_of_one_batch_at_a_time_leave_each_row_once(
     assert done == [3, 3, 3, 3]
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_what_the_database_refuses_is_told_without_the_row(
+    server: EmbeddedPostgres, postgres: Connection, asked: Asked, is_there: bool
+) -> None:
+    """By COPY into the table, and by the upsert over rows that are there."""
+    target = table_target(server.url)
+    rows = Published.of(asked.batch).rows()
+    export_rows(target, rows, quiet)
+    query(target, "ALTER TABLE results ADD CONSTRAINT no_third CHECK (text <> 'answer 3') NOT VALID")
+    if not is_there:
+        query(target, "DELETE FROM results")
+    with pytest.raises(ExportFailed, match=r"CheckViolation.*no_third") as caught:
+        export_rows(target, revised(rows, [*rows.batches()]), quiet)
+    assert "answer 3" not in str(caught.value)
+
+
 # --- Secrets --------------------------------------------------------------------------------------------------------
 
 
@@ -361,6 +377,7 @@ def test_no_password_is_in_what_a_failure_says(asked: Asked, url: str) -> None:
         ("{url: '${NO_SUCH}', table: t}", "needs the environment variable NO_SUCH, which is not set"),
         ("{url: '${URL}', table: 't; DROP'}", r"`exports.x.database.table`"),
         ("{url: '${URL}', table: t, colour: red}", "`exports.x.database.colour`"),
+        ("{url: 'postgresql://me:${WORD}@host/db', table: t}", "in a password must be written %40"),
         ("{url: 'oracle9://host/db', table: t}", "is no URL of a database"),
         ("{url: 's3://', format: parquet}", "must be s3://bucket/prefix"),
         ("{url: 's3://bucket/../c'}", "a prefix has no empty parts"),
@@ -374,8 +391,9 @@ def test_a_target_that_cannot_be_used_is_refused_when_the_file_is_read(
     path = tmp_path / "targets.yaml"
     path.write_text(f"exports: {{x: {target}}}")
     with pytest.raises(SettingsError, match=message) as caught:
-        load_targets(path, {"URL": "postgresql://me:pass1@host/db"})
+        load_targets(path, {"URL": "postgresql://me:pass1@host/db", "WORD": "pass1@pass2"})
     assert "pass1" not in str(caught.value)
+    assert "pass2" not in str(caught.value)
 
 
 def test_a_password_comes_from_a_variable_and_is_not_shown(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_thirty_that_end_between_two_looks_are_all_announced_once(told: World) -
 
 def test_a_look_that_was_cut_short_is_made_up_for(told: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """More end than a look takes: the next one goes on where it stopped."""
-    monkeypatch.setattr("vllm_batch_pipelines.announcing._MOST_A_TICK", 4)
+    monkeypatch.setattr("vllm_batch_pipelines.starting._MOST_ENDED", 4)
     cursor = look(told).cursor
     batches = [told.register(f"b{number}.jsonl", told.chats(1, f"text {number}")) for number in range(10)]
     for batch in batches:
@@ -203,6 +203,16 @@ def test_a_tick_that_fails_loses_nothing(told: World, receiver: Receiver) -> Non
     define(told.root, receiver.url)
     assert len(tick(told, cursor).run_requests or []) == 1
     assert announced(told) == [(batch.key, "batch.cancelled")]
+
+
+def test_while_the_catalog_is_broken_endings_are_told_all_the_same(told: World) -> None:
+    """It may well be what they fail of."""
+    batch = told.register("a.jsonl", told.chats(1))
+    for _ in range(MAX_TRIES):
+        record(told, batch, FAILURE)
+    told.settings.models_file.write_text("models: nonsense")
+    assert len(tick(told).run_requests or []) == 1
+    assert announced(told) == [(batch.key, "batch.failed")]
 
 
 def test_one_batch_that_cannot_be_read_keeps_no_other_back(told: World) -> None:

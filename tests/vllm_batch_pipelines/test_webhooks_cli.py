@@ -39,6 +39,10 @@ def define(folder: Path, url: str, **fields: Any) -> None:
     (folder / "targets.yaml").write_text(yaml.safe_dump({"webhooks": {"ops": target | fields}}))
 
 
+def dry_run_model(folder: Path) -> None:
+    (folder / "models.yaml").write_text(yaml.safe_dump({"models": {"dry-run": {"engine": "null"}}}))
+
+
 def command(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["webhooks", *arguments])
 
@@ -58,6 +62,7 @@ def test_list_shows_targets_and_dead_letters_and_no_secret(folder: Path) -> None
     plain, document = command("list"), json.loads(command("list", "--json").stdout)
     assert plain.exit_code == 0
     assert "ops" in plain.stdout
+    assert any(line.startswith(f"{event_id} batch.completed of ") for line in plain.stdout.splitlines())
     (target,) = document["targets"]
     assert (target["name"], target["place"], target["waiting"]) == ("ops", f"http://127.0.0.1:{receiver.port}/…", 0)
     (letter,) = document["dead_letters"]
@@ -110,13 +115,33 @@ def test_enabling_webhooks_without_one_is_told(folder: Path, monkeypatch: pytest
     assert "no webhook is defined" in refused.output
 
 
-def test_run_says_that_its_webhook_is_told_by_the_stack(folder: Path) -> None:
-    define(folder, "http://127.0.0.1:9/")
-    (folder / "models.yaml").write_text(yaml.safe_dump({"models": {"dry-run": {"engine": "null"}}}))
+def test_run_says_what_of_its_options_only_happens_on_the_stack(folder: Path) -> None:
+    table = f"sqlite:///{folder}/rows.db"
+    targets = {
+        "webhooks": {"ops": {"url": "https://example.org/", "secret": "${OPS_SECRET}"}},
+        "exports": {"lake": {"url": "s3://bucket/x"}, "rows": {"url": table, "table": "results"}},
+        "label_studio": {"review": {"project": "Review"}},
+    }
+    (folder / "targets.yaml").write_text(yaml.safe_dump(targets))
+    dry_run_model(folder)
     (folder / "in.jsonl").write_text(chats(1))
-    done = CliRunner().invoke(app, ["run", "in.jsonl", "--option", "webhook=ops"])
-    assert done.exit_code == 0
-    assert "webhook (ops) only happens on the stack" in done.output
+    options = ["webhook=ops", "exports=[lake, rows]", "label_studio=review"]
+    done = CliRunner().invoke(app, ["run", "in.jsonl", *(word for one in options for word in ("--option", one))])
+    said = " ".join(done.output.split())
+    assert done.exit_code == 0, said
+    for what in ("webhook (ops)", "exports (lake, rows)", "label_studio (review)"):
+        assert f"{what} only happens on the stack: `vllm-batch up`" in said
+    assert not (folder / "rows.db").exists()
+
+
+def test_run_refuses_a_sidecar_that_names_a_target_that_is_not_there(folder: Path) -> None:
+    define(folder, "http://127.0.0.1:9/")
+    dry_run_model(folder)
+    (folder / "in.jsonl").write_text(chats(1))
+    (folder / "in.yaml").write_text("webhook: opz\n")
+    refused = CliRunner().invoke(app, ["run", "in.jsonl"])
+    assert refused.exit_code == 2
+    assert "no target `opz` in `webhooks` of the targets file; did you mean `ops`?" in " ".join(refused.output.split())
 
 
 def test_every_command_has_an_example() -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from resources.settings import settings
 from resources.targets import all_targets
@@ -43,17 +43,18 @@ def list_(
         if as_json:
             common.print_json({"targets": described, "dead_letters": [letter.as_dict() for letter in letters]})
             return
-        shown = Table("target", "goes to", "events", "hears of", "waiting")
+        shown = Table("target", Column("goes to", overflow="fold"), "events", "hears of", "waiting")
         for one in described:
             of = "all batches" if one["all_batches"] else "batches that name it"
             shown.add_row(one["name"], one["place"], ", ".join(one["events"]), of, str(one["waiting"]))
         common.stdout.print(shown if described else "No webhook is defined.")
-        dead = Table("dead letter", "target", "event", "batch", "died", "attempts", "error")
+        # No table: an id is there to be copied, and an error to be read.
+        common.stdout.print("Dead letters:" if letters else "No dead letters.")
         for letter in letters:
             error = "taken later" if letter.redelivered_at else letter.error or ""
-            row = [letter.event_id, letter.target, letter.type, letter.batch or "", letter.died_at[:19]]
-            dead.add_row(*row, str(len(letter.attempts)), escape(error))
-        common.stdout.print(dead if letters else "No dead letters.")
+            what = f"{letter.event_id} {letter.type}" + (f" of {letter.batch}" if letter.batch else "")
+            how = f"{len(letter.attempts)} attempts until {letter.died_at[:19]}: {escape(error)}"
+            common.stdout.print(f"{what} at {letter.target}, {how}", soft_wrap=True)
 
 
 @app.command()

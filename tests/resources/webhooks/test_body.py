@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from standardwebhooks import Webhook
 
 from resources.answering import Mode
+from resources.errors import EngineDown
 from resources.progress import Progress
 from resources.webhooks.batch_events import cancelled, completed, failed, in_progress
 from resources.webhooks.body import DISCORD_CHARACTERS, SLACK_CHARACTERS, PayloadRefused, body_of
+from resources.webhooks.deliveries import Deliveries
 from resources.webhooks.event import Event
 from resources.webhooks.target import WebhookTarget
 from tests.helpers import Asked, chat, chats, ok, refusal
-from tests.receiver import SECRET
+from tests.receiver import SECRET, Receiver
 from tests.reviewing import star
 
 NOW = datetime(2026, 11, 21, 10, 30, 0, 123456, tzinfo=UTC)
@@ -72,17 +75,26 @@ def test_the_same_results_are_the_same_event_with_the_same_bytes_and_a_retry_is_
     assert retried.data["request_counts"] == {"total": 5, "completed": 4, "failed": 1}
 
 
-def test_other_endings_say_how_far_it_came_and_why(asked: Asked) -> None:
-    record = {
-        "progress": {"done": 3, "failed": 1, "total": 5},
-        "error": {"code": "EngineDown", "message": "it is gone"},
-    }
-    with asked.batch.lock("a test"):
-        asked.batch.write_run_record(record)
+def test_other_endings_say_how_far_it_came_and_why(tmp_path: Path) -> None:
+    """By what the run itself left; also within the second in which it writes nothing more."""
+    asked, seen = Asked(tmp_path, chats(4) + chat("refused", "bad")), []
+
+    def breaks(now: Progress) -> None:
+        if now.phase == "answer" and now.done:
+            seen.append(now)
+            raise EngineDown("it is gone")
+
+    with pytest.raises(EngineDown):
+        asked.run(lambda request: refusal(400) if request.line == 5 else ok(request), progress=breaks)
+    came = seen[-1]
     found = payload(failed(asked.batch, "run-1", NOW))
     assert (found["type"], found["timestamp"]) == ("batch.failed", "2026-11-21T10:30:00.123Z")
     assert found["data"]["status"] == "failed"
-    assert found["data"]["request_counts"] == {"total": 5, "completed": 2, "failed": 1}
+    assert found["data"]["request_counts"] == {
+        "total": 5,
+        "completed": came.done - came.failed,
+        "failed": came.failed,
+    }
     assert found["data"]["error"] == {"code": "EngineDown", "message": "it is gone"}
     assert found["data"]["completed_at"] is None
     stopped = payload(cancelled(asked.batch, "run-1", NOW))
@@ -93,6 +105,13 @@ def test_other_endings_say_how_far_it_came_and_why(asked: Asked) -> None:
     )
     ids = {failed(asked.batch, run, NOW).id for run in ("run-1", "run-2")} | {cancelled(asked.batch, "run-1", NOW).id}
     assert len(ids) == 3
+
+
+def test_lines_that_were_only_checked_do_not_count_as_answered(asked: Asked) -> None:
+    with asked.batch.lock("a test"):
+        asked.batch.write_run_record({"progress": {"phase": "check", "done": 4, "total": 5}})
+    counts = payload(failed(asked.batch, "run-1", NOW))["data"]["request_counts"]
+    assert counts == {"total": 5, "completed": 0, "failed": 0}
 
 
 def test_progress_says_how_far_it_is(asked: Asked) -> None:
@@ -164,6 +183,12 @@ def test_a_template_makes_the_body(asked: Asked) -> None:
         ("{ not json", "makes no JSON"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{{ data.update({'id': 'x'}) }}", "unsafe"),
+        ("{{ '{0.__class__.__init__.__globals__}'.format(data) }}", "unsafe"),
+        ("{{ data | attr('__class__') }}", "unsafe|has no attribute|is undefined"),
+        ("{{ [data] | map(attribute='__class__') | first }}", "unsafe|has no attribute|is undefined"),
+        ("{{ cycler.__init__.__globals__.os.environ }}", "unsafe"),
+        ("{{ self.__init__ }}", "unsafe|has no attribute"),
+        ("{% set data.id = 'x' %}", "cannot be filled"),
         ("{% include '/etc/passwd' %}", "cannot be filled"),
         ("{{ range(10**9) | list }}", "cannot be filled"),
     ],
@@ -171,6 +196,21 @@ def test_a_template_makes_the_body(asked: Asked) -> None:
 def test_a_template_reaches_nothing_but_the_event(asked: Asked, template: str, message: str) -> None:
     with pytest.raises(PayloadRefused, match=message):
         body_of(completed(asked.batch), target(template=template))
+
+
+def test_metadata_is_never_a_template_and_never_a_header(tmp_path: Path) -> None:
+    """Whoever drops a file says what stands in it."""
+    note = "{{ 7 * 7 }}\r\nwebhook-signature: v1,mine"
+    asked = Asked(tmp_path, chats(1), {"metadata": {"note": note, "webhook-id": "x\r\n\r\n"}})
+    asked.run()
+    event = completed(asked.batch)
+    assert payload(event, template='{"note": {{ data.metadata.note | tojson }}}') == {"note": note}
+    with Receiver() as receiver:
+        to = target(url=receiver.url, allow_insecure=True, all_batches=True)
+        Deliveries(tmp_path / "data", {"ops": to}).deliver(asked.batch, event)
+    (received,) = receiver.received
+    assert received.id == event.id
+    assert Webhook(SECRET).verify(received.body, received.headers)["data"]["metadata"]["note"] == note
 
 
 # --- Slack and Discord ----------------------------------------------------------------------------------------------

@@ -186,6 +186,33 @@ def test_what_is_used_up_is_a_dead_letter_and_goes_out_again_as_it_was(asked: As
     Webhook(SECRET).verify(last.body, last.headers)
 
 
+def test_two_that_send_dead_letters_again_at_once_do_not_send_twice(asked: Asked, tmp_path: Path) -> None:
+    with Receiver([404]) as receiver:
+        made = deliveries(tmp_path, target(receiver.url))
+        made.deliver(asked.batch, completed(asked.batch))
+        letters = made.open_letters()
+        with made.letters.sending_again(), pytest.raises(BatchLocked, match="Another process sends dead letters"):
+            deliveries(tmp_path, target(receiver.url)).redeliver(letters)
+        assert len(made.redeliver(letters)) == 1
+        assert made.redeliver(letters) == []  # what somebody else has sent since they were listed
+    assert len(receiver.received) == 2
+
+
+def test_what_was_taken_meanwhile_is_not_marked_as_lost_by_one_that_failed(asked: Asked, tmp_path: Path) -> None:
+    """A command sends a letter again while the asset is materialized: the receiver takes the one and not the other."""
+    with Receiver([404, Say(500, waits=True)]) as receiver:
+        made = deliveries(tmp_path, target(receiver.url, max_attempts=1))
+        made.deliver(asked.batch, completed(asked.batch))
+        command = threading.Thread(target=lambda: made.redeliver(made.open_letters()))
+        command.start()
+        wait_until(lambda: len(receiver.received) == 2)
+        assert [one.delivered for one in made.deliver(asked.batch, completed(asked.batch))] == [True]
+        receiver.gate.set()
+        command.join(30)
+        assert made.open_letters() == []
+        assert [one.before for one in made.deliver(asked.batch, completed(asked.batch))] == [True]
+
+
 def test_a_dead_letter_that_is_delivered_by_a_new_run_is_marked(asked: Asked, tmp_path: Path) -> None:
     with Receiver([404]) as receiver:
         made = deliveries(tmp_path, target(receiver.url))

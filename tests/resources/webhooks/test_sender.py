@@ -5,6 +5,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -209,7 +210,13 @@ def test_a_name_that_leads_to_a_private_address_is_refused_at_once(address: str)
     assert names.asked == ["internal.example.org"]
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.1", "0x7f.1", "2130706433"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("localhost", "127.1", "127.0.1", "0x7f.1", "0x7f000001", "2130706433", "0177.0.0.1", "017700000001"),
+        *("127.000.000.001", "127.0.0.1.", "2130706433.", "0"),
+    ],
+)
 def test_other_spellings_of_loopback_are_refused(host: str) -> None:
     with Receiver() as receiver:
         outcome = send(target(f"https://{host}:{receiver.port}/", allow_insecure=False))
@@ -285,6 +292,44 @@ def certificates(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContex
     return server_side, ssl.create_default_context(cafile=str(folder / "certificate.pem"))
 
 
+# --- What a receiver may say ----------------------------------------------------------------------------------------
+
+
+def test_of_a_body_without_end_only_the_beginning_is_read() -> None:
+    """Compressed, it would be one bomb more; it is not unpacked."""
+    sent = 0
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def pour() -> None:
+            nonlocal sent
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 400 Bad\r\nContent-Encoding: gzip\r\nContent-Length: 99999999999\r\n\r\n")
+                while sent < 1 << 30:
+                    sent += connection.send(b"endless words " * 5000)
+
+        pouring = threading.Thread(target=pour)
+        pouring.start()
+        outcome = send(target(f"http://127.0.0.1:{server.getsockname()[1]}/"))
+        pouring.join(30)
+    assert (outcome.error or "").startswith("HTTP 400: endless words endless words")
+    assert len(outcome.error or "") <= 200
+    assert sent < 1 << 26
+
+
+def test_headers_without_end_are_a_fault_like_any_other() -> None:
+    with Receiver(otherwise=Say(200, {"X-Long": "x" * 100_000})) as receiver:
+        outcome = send(target(receiver.url, max_attempts=2))
+    assert (outcome.delivered, len(outcome.attempts)) == (False, 2)
+    assert len(outcome.error or "") <= 200
+
+
+def test_what_a_receiver_says_cannot_steer_a_terminal_or_begin_a_line() -> None:
+    with Receiver(otherwise=Say(400, body="no\r\n2026 all is well\x1b[2J\x9b1m\u202e!".encode())) as receiver:
+        outcome = send(target(receiver.url))
+    assert outcome.error == "HTTP 400: no 2026 all is well [2J 1m !"
+
+
 # --- Secrets --------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +341,47 @@ def test_a_receiver_that_repeats_the_secrets_does_not_bring_them_into_a_message(
     assert "you said *** ***" in (outcome.error or "")
     for secret in ("very-secret", "also-secret", SECRET, SECRET.removeprefix("whsec_")[:8]):
         assert secret not in f"{outcome}"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        '{"url": "http:\\/\\/example.org\\/services\\/very-secret?token=also-secret&b=1"}',
+        "no token also-secret here",
+        "unknown hook: very-secret",
+        "<p>/services/very-secret?token=also-secret&amp;b=1</p>",
+        "x" * 2030 + "\n/services/very-secret?token=also-secret",
+        " " * 2028 + "/services/very-secret?token=also-secret",
+    ],
+)
+def test_a_part_of_a_secret_url_in_another_writing_is_not_shown_either(said: str) -> None:
+    to = target("http://example.org/services/very-secret?token=also-secret&b=1")
+    with Receiver(otherwise=Say(404, body=said.encode())) as receiver:
+        names = Names("127.0.0.1")
+        url = to.url.get_secret_value().replace("example.org", f"example.org:{receiver.port}")
+        outcome = send(target(url), resolver=lambda: names)
+    assert (outcome.error or "").startswith("HTTP 404")
+    assert "secret" not in (outcome.error or "")
+    assert "very-" not in (outcome.error or "")
+
+
+def test_a_secret_that_comes_in_two_pieces_is_not_shown_by_halves() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/services/very-secret"
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 400 Bad\r\nConnection: close\r\n\r\nno /services/very-sec")
+                half.wait(20)
+                connection.sendall(b"ret here")
+
+        half = threading.Event()
+        threading.Thread(target=answer, daemon=True).start()
+        threading.Timer(0.3, half.set).start()
+        outcome = send(target(url))
+    assert outcome.error == "HTTP 400: no *** here"
 
 
 def test_old_and_new_secret_and_the_earlier_signature_are_all_sent() -> None:

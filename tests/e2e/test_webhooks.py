@@ -17,7 +17,7 @@ from tests.helpers import AnsweringServer, chats, wait_until
 from tests.receiver import SECRET, Receiver, Say
 
 EVERY_SECONDS = 10
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_thirty_batches_at_once_one_that_fails_and_one_that_is_cancelled_are_eac
         events = {received.id: received.content for received in receiver.received}
         return Counter((content["type"], content["data"]["id"]) for content in events.values())
 
-    wait_until(lambda: len(told()) >= 32, 700)
+    wait_until(lambda: len(told()) >= 32, 1200)
     by_type = Counter(event for event, _ in told())
     assert by_type == {"batch.completed": 30, "batch.failed": 1, "batch.cancelled": 1}
     assert ("batch.cancelled", held.key) in told()

@@ -1,5 +1,6 @@
-"""Which file system a folder stands on. Rename, fsync and flock are what every guarantee rests on."""
+"""What a folder must be like: on a file system whose rename, fsync and flock hold, or for its owner's eyes alone."""
 
+import os
 import re
 from pathlib import Path
 
@@ -41,6 +42,27 @@ def filesystem_type(path: Path, mounts: Path | None = None) -> str | None:
         if place.is_relative_to(mount_point) and (found is None or depth >= found[0]):
             found = (depth, fields[2])
     return found[1] if found else None
+
+
+def private_folder(folder: Path) -> Path:
+    """The folder, made where it is not there, that nobody but us can enter. One with things in it is not taken from
+    those who could enter it so far: it may be everybody's, such as /tmp.
+
+    Raises:
+        SettingsError: it belongs to somebody else, or others can enter it and it is not empty.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if folder.is_symlink() or found.st_uid != os.getuid():
+        raise SettingsError(f"{folder} belongs to somebody else; set VLLM_BATCH_RUNTIME_DIR to a folder of your own.")
+    if found.st_mode & 0o077:
+        if any(folder.iterdir()):
+            raise SettingsError(
+                f"{folder} can be entered by others. If it is for this project alone: chmod 700 {folder}. Otherwise "
+                "set VLLM_BATCH_RUNTIME_DIR to a folder of your own."
+            )
+        folder.chmod(0o700)
+    return folder
 
 
 def _unescaped(field: str) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from resources.errors import SettingsError
+from resources.filesystem import private_folder
 
 PREFIX = "VLLM_BATCH_"
 
@@ -107,13 +108,7 @@ class Settings(BaseSettings):
     def runtime_root(self) -> Path:
         """Private folder (0700) for sockets and locks. Short, since a Unix socket's path holds 107 bytes."""
         root = self.runtime_dir.expanduser() if self.runtime_dir else Path(f"/tmp/vllm-batch-{os.getuid()}")
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = root.lstat()
-        if root.is_symlink() or found.st_uid != os.getuid():
-            raise SettingsError(f"{root} belongs to somebody else; set {PREFIX}RUNTIME_DIR to a folder of your own.")
-        if found.st_mode & 0o077:
-            root.chmod(0o700)
-        return root
+        return private_folder(root)
 
 
 def load_settings() -> Settings:

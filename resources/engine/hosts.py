@@ -25,7 +25,7 @@ from resources.engine import host
 from resources.engine.host_folder import HostFolder, Told
 from resources.engine.notes import Note, OwnNote, live_notes, mutex, read_notes, try_lock
 from resources.engine.processes import end_server
-from resources.errors import SettingsError
+from resources.filesystem import private_folder
 
 Launch = Callable[[HostFolder, list[str]], dict[str, Any]]
 """The rest of `host.Spec` for a folder and the devices of a host."""
@@ -62,9 +62,9 @@ class Hosts:
     """
 
     def __init__(self, runtime_dir: Path) -> None:
-        root = private(runtime_dir.absolute())
-        self.servers_dir, self._devices_dir = private(root / "servers"), private(root / "devices")
-        self.queue_dir = private(root / "queue")
+        root = private_folder(runtime_dir.absolute())
+        self.servers_dir, self._devices_dir = private_folder(root / "servers"), private_folder(root / "devices")
+        self.queue_dir = private_folder(root / "queue")
         self.mutex_path = root / "hosts.lock"
 
     def reap(self) -> None:
@@ -243,14 +243,3 @@ def _launch(spec: host.Spec, locks: list[int], model: str) -> None:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(spec).encode() + b"\n")
             process.stdin.close()
-
-
-def private(folder: Path) -> Path:
-    """Make the folder, or see to it that it is ours alone."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if folder.is_symlink() or found.st_uid != os.getuid():
-        raise SettingsError(f"{folder} belongs to somebody else; set VLLM_BATCH_RUNTIME_DIR to a folder of your own.")
-    if found.st_mode & 0o077:
-        folder.chmod(0o700)
-    return folder

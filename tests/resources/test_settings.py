@@ -76,6 +76,15 @@ def test_runtime_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert stat.S_IMODE(load_settings().runtime_root.stat().st_mode) == 0o700
 
 
+def test_a_folder_that_others_use_is_not_taken_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o777)
+    (tmp_path / "somebody's").touch()
+    monkeypatch.setenv("VLLM_BATCH_RUNTIME_DIR", str(tmp_path))
+    with pytest.raises(SettingsError, match="can be entered by others"):
+        _ = load_settings().runtime_root
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o777
+
+
 def test_runtime_folder_is_not_reached_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runtime").symlink_to("elsewhere")

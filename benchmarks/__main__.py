@@ -21,8 +21,8 @@ from benchmarks.common import RESULTS, Report, say
 
 PARTS: dict[str, tuple[Callable[[bool, float], Report], float]] = {
     "continuous": (continuous.run, 15 * 60),
-    "commit_cost": (commit_cost.run, 3 * 60),
-    "ordering": (ordering.run, 5 * 60),
+    "commit_cost": (commit_cost.run, 4 * 60),
+    "ordering": (ordering.run, 6 * 60),
     "warm": (warm.run, 0),
     "overhead": (overhead.run, 90),
     "main_path": (main_path.run, 0),

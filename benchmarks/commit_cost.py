@@ -12,7 +12,7 @@ class Size:
     tokens: int = 4
     small: int = 64
     large: int = 4096
-    rounds: int = 4
+    rounds: int = 10
 
 
 QUICK = Size(requests=32, small=8, rounds=3, tokens=2)

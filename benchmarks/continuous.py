@@ -7,6 +7,7 @@ import statistics
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from resources.engine.vllm_command import server_arguments
 SAMPLE_SECONDS = 0.2
 Sample = tuple[float, int, int, int]
 """Time; requests running, waiting, finished."""
-OURS, GENERATE, RUN_BATCH = "ours", "LLM.chat over all", "run-batch"
+OURS, WATCHED, GENERATE, RUN_BATCH = "ours", "ours, watched", "LLM.chat over all", "run-batch"
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,13 @@ class Size:
     barriers: dict[int, int] = field(default_factory=lambda: {16: 2, 32: 3})
     """Requests a barrier, and in how many rounds."""
     rounds: int = 7
+    watched_rounds: int = 3
     run_batch_rounds: int = 2
 
 
-QUICK = Size(requests=24, longest=6, seqs=8, chunk_rows=4, barriers={4: 2}, rounds=3, run_batch_rounds=1)
+QUICK = Size(
+    requests=24, longest=6, seqs=8, chunk_rows=4, barriers={4: 2}, rounds=3, watched_rounds=1, run_batch_rounds=1
+)
 
 
 def run(quick: bool, budget_seconds: float) -> Report:
@@ -64,7 +68,7 @@ def run(quick: bool, budget_seconds: float) -> Report:
         f"{size.requests} chat requests, {tokens:,} tokens out (log-normal `max_tokens`, `ignore_eos`), at most "
         f"{size.seqs} at once on all sides, prefix cache off. Ours is check and answer with `chunk_rows` "
         f"{size.chunk_rows} against a running server, no `concurrency` set. Engines that wait are stopped (SIGSTOP). "
-        "On our side the server's metrics are read five times a second. "
+        "How full the server is comes from passes of their own, in which its metrics are read five times a second. "
         "Ratios are speeds: ours above the other's, above 1 where ours is faster.",
     )
     report.raw = {"tokens": tokens, "seconds": times, "whole_run_batch": measured.whole, "load": measured.loads}
@@ -104,8 +108,12 @@ class Measured:
             turns.only(GENERATE)
             self._result()
             say("  LLM is up")
-            sides: dict[str, Side] = {OURS: self._ours, GENERATE: partial(self._offline, 0)}
-            fewer = {}
+            sides: dict[str, Side] = {
+                OURS: self._ours,
+                GENERATE: partial(self._offline, 0),
+                WATCHED: partial(self._ours, watched=True),
+            }
+            fewer = {WATCHED: size.watched_rounds}
             for barrier, rounds in size.barriers.items():
                 sides[_barrier(barrier)] = partial(self._offline, barrier)
                 fewer[_barrier(barrier)] = rounds
@@ -113,13 +121,14 @@ class Measured:
             fewer[RUN_BATCH] = size.run_batch_rounds
             return alternate(sides, size.rounds, fewer=fewer, budget_seconds=budget_seconds)
 
-    def _ours(self, _: int) -> float:
+    def _ours(self, _: int, *, watched: bool = False) -> float:
         self._turns.only(OURS)
         self._server.answer([chat("wake-up", "Wake up.", max_tokens=1)])
-        with Watch(self._server, len(self._rows), self._size.seqs) as watch:
+        with Watch(self._server, len(self._rows), self._size.seqs) if watched else nullcontext() as watch:
             answered = self._server.answer(self._rows, chunk_rows=self._size.chunk_rows)
         self._right(OURS, answered.report.completion_tokens)
-        self.loads.append(watch.found())
+        if watch:
+            self.loads.append(watch.found())
         return answered.seconds
 
     def _offline(self, barrier: int, _: int = 0) -> float:
@@ -253,7 +262,7 @@ def _figures(times: dict[str, list[float]], measured: Measured, size: Size, toke
     figures = [seconds_of(name, seconds) for name, seconds in times.items()]
     figures.append(seconds_of("run-batch with its start", measured.whole))
     figures.append(Figure("ours, tokens/s", f"{tokens / statistics.median(ours):.0f}"))
-    ratios = {name: ratio(seconds, ours) for name, seconds in times.items() if name != OURS}
+    ratios = {name: ratio(seconds, ours) for name, seconds in times.items() if name not in (OURS, WATCHED)}
     others = [GENERATE, RUN_BATCH]
     for name in others:
         figures.append(Figure(f"speed, ours / {name}", str(ratios[name])))

@@ -20,7 +20,7 @@ class Size:
     unique: int = 70
     repeated: int = 30
     rounds: int = 3
-    unshared_rounds: int = 5
+    unshared_rounds: int = 10
     blocks: int = 32
 
 

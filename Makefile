@@ -22,8 +22,8 @@ export DAGSTER_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help venv demo-model demo up label-studio label-studio-venv test test-fast test-models torture check format bench
-.PHONY: bench-curation clean
+.PHONY: help venv demo-model demo up label-studio label-studio-venv test test-fast test-models torture check format bench \
+        clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -59,11 +59,8 @@ format: venv ## put the code in the form that `make check` asks for
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: venv demo-model test-models ## measure: against vLLM's own ways, order, commits, overhead, exports (half an hour; BENCH=--quick tries it)
+bench: venv demo-model test-models label-studio-venv ## measure, for three quarters of an hour (BENCH=--quick tries it)
 	@$(BIN)/python -m benchmarks $(BENCH)
-
-bench-curation: label-studio-venv ## measure the import into Label Studio against the bare SDK
-	@$(BIN)/python -m benchmarks.curation
 
 demo-model: venv ## make the demo model in models/
 	@$(BIN)/python scripts/demo_model.py

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import commit_cost, continuous, exports, main_path, ordering, overhead, report, warm
+from benchmarks import commit_cost, continuous, curation, exports, main_path, ordering, overhead, report, warm
 from benchmarks.common import RESULTS, Report, say
 
 PARTS: dict[str, tuple[Callable[[bool, float], Report], float]] = {
@@ -27,6 +27,7 @@ PARTS: dict[str, tuple[Callable[[bool, float], Report], float]] = {
     "overhead": (overhead.run, 90),
     "main_path": (main_path.run, 0),
     "exports": (exports.run, 5 * 60),
+    "curation": (curation.run, 5 * 60),
 }
 """In the order in which they are run, each with the seconds after which it begins no further round."""
 

@@ -1,24 +1,19 @@
-"""The import of 10,000 rows into a real Label Studio against the bare SDK, and the sensor's look at 10,000 annotations.
-
-    python -m benchmarks.curation [--rows 10000] [--rounds 2] [--out FILE]
+"""The import into a real Label Studio against the bare SDK, and the sensor's look at as many annotations.
 
 Both imports send the same tasks in pages of 500 to the same server, into projects of their own, in turn. Ours also
 makes the tasks from the batch's files, keeps the journal, and asks the server before and after.
 """
 
 import json
-import platform
-import statistics
-import sys
 import tempfile
 import time
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from pydantic import SecretStr
 
+from benchmarks.common import Figure, Report, Unfit, against, alternate, held, ratio, say, seconds_of
 from resources import pipeline
 from resources.batch_store.batch import Batch
 from resources.batch_store.store import BatchStore
@@ -35,40 +30,53 @@ from resources.label_studio.schema import load_schema
 from resources.label_studio.tasks import fill_in, make_task, review_rows
 
 SCHEMA = load_schema("generic")
+SDK, OURS = "bare SDK", "label_studio_tasks"
 
 
-def main(
-    rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 10_000,
-    rounds: Annotated[int, typer.Option(help="Rounds of both imports, in turn.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
-) -> None:
-    """Measure the import and the sensor's look."""
+@dataclass(frozen=True)
+class Size:
+    rows: int = 10_000
+    rounds: int = 3
+
+
+QUICK = Size(rows=600)
+
+
+def run(quick: bool, budget_seconds: float) -> Report:
+    size = QUICK if quick else Size()
     local_server.install()
     with tempfile.TemporaryDirectory(prefix="vb-bench-", dir="/tmp") as made:
         work = Path(made)
         local_server.copy_of_empty(work / "server")
         with local_server.running(work / "server") as server:
-            batch = finished_batch(work, rows)
-            figures: dict[str, list[float]] = {"sdk": [], "ours": []}
-            for number in range(rounds):
-                figures["sdk"].append(rows / sdk_import(server, batch, f"sdk {number}"))
-                figures["ours"].append(rows / our_import(server, batch, work, f"ours {number}"))
-                print(f"round {number + 1}: {figures}", file=sys.stderr)
-            again = our_import(server, batch, work, f"ours {rounds - 1}")
+            batch = finished_batch(work, size.rows)
+            say("  Label Studio is up")
+            times = alternate(
+                {
+                    SDK: lambda number: sdk_import(server, batch, f"sdk {number}"),
+                    OURS: lambda number: our_import(server, batch, work, f"ours {number}"),
+                },
+                size.rounds,
+                budget_seconds=budget_seconds,
+            )
+            again = our_import(server, batch, work, "ours 0")
+            say(f"  {size.rows:,} annotations")
             looks = annotations(server, batch, work)
-    share = statistics.median(figures["ours"]) / statistics.median(figures["sdk"])
-    report: dict[str, Any] = {
-        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "rows": rows,
-        "tasks_per_second": figures,
-        "share_of_sdk": round(share, 3),
-        "import_of_what_is_there_seconds": round(again, 2),
-        **looks,
-    }
-    if out is not None:
-        out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+    report = Report(
+        "curation",
+        "Reviews in Label Studio",
+        f"{size.rows:,} rows imported into a local Label Studio, in pages of {PAGE_ROWS}: ours with the making of the "
+        "tasks, the journal and the questions to the server before and after, the SDK with the sending alone. Then a "
+        "project in which every task is annotated: one tick of the sensor that asks whether there is something new.",
+        raw={"rows": size.rows, "import_seconds": times, "again_seconds": again, "looks": looks},
+    )
+    report.figures = [seconds_of(f"import, {name}", seconds) for name, seconds in times.items()]
+    report.figures.append(held(ratio(times[SDK], times[OURS]), f"tasks/s, {OURS} / {SDK}", at_least=0.8))
+    report.figures.append(Figure("import of what is there, seconds", f"{again:.1f}"))
+    for what in ("tick with news", "tick without news"):
+        report.figures.append(against(looks[what], f"{looks[what]:.2f}", f"sensor, {what}, seconds", at_most=10))
+    report.figures.append(Figure("all annotations read anew, seconds", f"{looks['sync']:.1f}"))
+    return report
 
 
 def finished_batch(work: Path, rows: int) -> Batch:
@@ -107,12 +115,12 @@ def our_import(server: local_server.Server, batch: Batch, work: Path, title: str
         report = import_batch(batch, client, connection, work / "curation" / title)
         took = time.perf_counter() - started
     if not report.is_complete:
-        raise SystemExit(f"incomplete: {report}")
+        raise Unfit(f"incomplete: {report}")
     return took
 
 
-def annotations(server: local_server.Server, batch: Batch, work: Path) -> dict[str, Any]:
-    """A project where every task is annotated: look as the sensor does, read all, and look again."""
+def annotations(server: local_server.Server, batch: Batch, work: Path) -> dict[str, float]:
+    """A project where every task is annotated: look as the sensor does, read all, and look again; seconds."""
     connection = _connection(server, "annotated")
     reviews = Reviews(work / "curation", "annotated")
     value = {"choices": ["Gold star"]}
@@ -128,13 +136,10 @@ def annotations(server: local_server.Server, batch: Batch, work: Path) -> dict[s
             server.ask("POST", f"/api/projects/{project.id}/import", tasks[start : start + PAGE_ROWS])
         look, news = _timed(lambda: has_news(client, connection, reviews))
         read, report = _timed(lambda: sync_reviews(client, connection, reviews))
-        quiet, _ = _timed(lambda: has_news(client, connection, reviews))
-    return {
-        "annotations": report.annotations,
-        "sensor_tick_with_news_seconds": round(look, 2) if news else None,
-        "sensor_tick_without_news_seconds": round(quiet, 2),
-        "full_sync_seconds": round(read, 1),
-    }
+        quiet, later = _timed(lambda: has_news(client, connection, reviews))
+    if not news or later or report.annotations != len(tasks):
+        raise Unfit(f"{report.annotations} annotations of {len(tasks)}; news before: {news}, after: {later}")
+    return {"tick with news": look, "tick without news": quiet, "sync": read}
 
 
 def _connection(server: local_server.Server, title: str) -> Connection:
@@ -145,7 +150,3 @@ def _timed(work: Any) -> tuple[float, Any]:
     started = time.perf_counter()
     found = work()
     return time.perf_counter() - started, found
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
+from resources import failpoints
 from resources.label_studio.annotations import AnnotationRow
 from resources.label_studio.answers import to_regions
 from resources.label_studio.client import LabelStudioClient
@@ -246,3 +247,23 @@ def nth(number: int, ending: str, fault: Fault, method: str = "POST") -> Rule:
         return None
 
     return rule
+
+
+def is_cut_off(work: Callable[[], object], step: int) -> bool:
+    """Break work off, as a death would, at its so many-th step on disk; whether it came that far."""
+    left = step
+
+    def reached(_step: str, _path: Path) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+
+    failpoints.arm(reached)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        failpoints.arm(None)
+    return False

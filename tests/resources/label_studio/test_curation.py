@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from resources import failpoints
 from resources.errors import CurationError, SettingsError
 from resources.label_studio.answers import final_text, from_regions, prefill, to_regions
 from resources.label_studio.connection import connection_of, is_curation_on
@@ -19,7 +18,7 @@ from resources.label_studio.reviews import Reviews
 from resources.label_studio.schema import SHIPPED, CurationSchema, load_schema
 from resources.settings import Settings
 from resources.targets import load_targets
-from tests.reviewing import read_stars, star
+from tests.reviewing import is_cut_off, read_stars, star
 
 CANDIDATE = load_schema("candidate_evaluation")
 GENERIC = load_schema("generic")
@@ -211,23 +210,9 @@ def test_a_sync_broken_off_at_any_moment_loses_no_change_and_tells_none_twice(tm
     while was_cut:
         steps += 1
         reviews = read_stars(Reviews(tmp_path / str(steps), "t"), star(1), star(2))
-        left = steps
-
-        def cut(step: str, path: Path) -> None:
-            nonlocal left
-            left -= 1
-            if not left:
-                raise KeyboardInterrupt
-
-        failpoints.arm(cut)
-        try:
-            read_stars(reviews, star(2, rating=1.0), star(3))
-            was_cut = False
-        except KeyboardInterrupt:
-            known = ([row.line for row in reviews.gold_stars()], len(list(reviews.changes())))
-            assert known in [([1, 2], 2), ([2, 3], 5)]
-        finally:
-            failpoints.arm(None)
+        was_cut = is_cut_off(lambda reviews=reviews: read_stars(reviews, star(2, rating=1.0), star(3)), steps)
+        known = ([row.line for row in reviews.gold_stars()], len(list(reviews.changes())))
+        assert known in [([1, 2], 2), ([2, 3], 5)]
         read_stars(reviews, star(2, rating=1.0), star(3))
         told = [(change["type"], change["data"]["line"]) for change in reviews.changes(1)]
         assert told == [("gold_star.removed", 1), ("gold_star.updated", 2), ("gold_star.created", 3)]

@@ -1,30 +1,22 @@
 """Each change among the gold stars reaches the outbox of each webhook that asks for it, and none is lost on the way."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
-from resources import failpoints
 from resources.label_studio.reviews import Reviews
 from resources.webhooks.deliveries import Deliveries
 from resources.webhooks.star_events import announce_changes
 from resources.webhooks.target import STARS, WebhookTarget
 from tests.receiver import SECRET
-from tests.reviewing import read_stars, star
+from tests.reviewing import is_cut_off, read_stars, star
 
 
 @pytest.fixture
 def reviews(tmp_path: Path) -> Reviews:
     return Reviews(tmp_path / "curation", "hiring")
-
-
-@pytest.fixture(autouse=True)
-def _disarmed() -> Iterator[None]:
-    yield
-    failpoints.arm(None)
 
 
 def deliveries(folder: Path, *names: str, **fields: Any) -> Deliveries:
@@ -101,22 +93,7 @@ def test_broken_off_at_any_moment_every_event_comes_with_its_id(tmp_path: Path) 
         read_stars(reviews, star(1), star(2))
         read_stars(reviews, star(2), star(3))
         wanted = {change["id"] for change in reviews.changes()}
-        left = steps
-
-        def cut(step: str, path: Path) -> None:
-            nonlocal left
-            left -= 1
-            if not left:
-                raise KeyboardInterrupt
-
-        failpoints.arm(cut)
-        try:
-            announce_changes(reviews, made)
-        except KeyboardInterrupt:
-            was_cut = True
-        else:
-            was_cut = False
-        failpoints.arm(None)
+        was_cut = is_cut_off(lambda reviews=reviews, made=made: announce_changes(reviews, made), steps)
         before = {name: take(made, name) for name in ("one", "two")}
         announce_changes(reviews, made)
         after = {name: take(made, name) for name in ("one", "two")}

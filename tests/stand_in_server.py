@@ -128,6 +128,7 @@ def main() -> None:
         print("(EngineCore pid=7) ERROR 11-21 01:45:23 [core.py:1] ValueError: no memory for that", flush=True)
         print("who passed it on\n" * 40, end="", flush=True)
         sys.exit(3)
+    # As vLLM's engine core it outlives a killed server, far longer than any test: somebody must end it.
     child = [sys.executable, "-S", "-c", "import time; time.sleep(600)", SOCKET]
     subprocess.Popen(child, start_new_session=MODE == "strays")
     print("loaded", flush=True)

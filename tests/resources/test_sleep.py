@@ -35,14 +35,18 @@ def sleeper(world: EngineWorld, name: str, mode: str = "good", keep_alive: float
     return world.server(mode, name, keep_alive=keep_alive, residency="sleep", **more)  # type: ignore[arg-type]
 
 
+def swap(first: VllmServer, second: VllmServer) -> VllmServer:
+    """Start the first, and the second as soon as it is let go; the second."""
+    first.start()
+    waiting = Starting(second)
+    waiting.says("waiting")
+    first.release()
+    return waiting.join()
+
+
 def put_to_sleep(world: EngineWorld, name: str, mode: str = "good", keep_alive: float = 60) -> None:
     """Have that model asleep, and nothing else."""
-    first = sleeper(world, name, mode, keep_alive)
-    first.start()
-    other = Starting(world.server(name="other"))
-    other.says("waiting")
-    first.release()
-    with other.join():
+    with swap(sleeper(world, name, mode, keep_alive), world.server(name="other")):
         world.see(name, "asleep")
     wait_until(lambda: world.status("other") is None and world.lock_is_free("GPU-0"), 15)
 
@@ -241,11 +245,7 @@ def test_a_model_that_never_starts_fails_with_its_own_reason(world: EngineWorld)
 
 def test_a_sleeping_server_ends_after_its_time(world: EngineWorld) -> None:
     with sleeper(world, "a", keep_alive=3) as a, world.server(name="b") as b:
-        a.start()
-        second = Starting(b)
-        second.says("waiting")
-        a.release()
-        second.join()
+        swap(a, b)
         world.see("a", "asleep")
         wait_until(lambda: world.status("a") is None, 20)
         assert b.alive
@@ -255,11 +255,7 @@ def test_a_sleeping_server_ends_after_its_time(world: EngineWorld) -> None:
 
 def test_a_sleeping_server_stays_for_those_who_wait_for_it(world: EngineWorld) -> None:
     with sleeper(world, "a", keep_alive=3) as a, world.server(name="b") as b:
-        a.start()
-        second = Starting(b)
-        second.says("waiting")
-        a.release()
-        second.join()
+        swap(a, b)
         third = Starting(sleeper(world, "a", keep_alive=0))
         third.says("in use by a test")
         wait_until(lambda: (found := world.status("a")) and found.state == "asleep" and found.stops_in == 0, 20)
